@@ -1,0 +1,476 @@
+"""Settings of experiments: a frozen dataclass becomes absl flags; one command runs them all.
+
+An experiment is a module of this package whose name does not start with an underscore:
+
+    \"\"\"One line that `--help` shows.\"\"\"
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        lam: float = setting(5e-4, "Lasso weight.", lower_bound=0.0)
+        seed: int = setting(0, "Seed of everything random.")
+
+    PRESETS = {"smoke": {"num_images": 8}, "demo": {}, "paper": {"num_images": 10_000}}
+
+    def run(config: Config, record: Run) -> dict: ...   # the metrics of results.json
+    def summary(metrics: dict) -> str: ...              # optional: the table printed at the end
+
+A setting is an int, float, bool, str or a tuple of int, float or str. The flags live in a
+FlagValues of their own, never in `absl.flags.FLAGS`, so that nothing leaks between runs in one
+process. JAX is imported by the experiment that is chosen, not before.
+"""
+
+import ast
+import configparser
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import pkgutil
+import platform
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from experiments._record import Progress, Run, UsageError, open_workdir, read_results
+
+__all__ = ["Progress", "Run", "UsageError", "execute", "main", "make_config", "setting"]
+
+DEFAULT_EXPERIMENT = "demo"
+DEFAULT_PRESET = "demo"
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = "experiments"
+_RESERVED = ("experiment", "preset", "workdir", "overwrite", "debug", "help", "flagfile", "undefok")
+# What a caller can mend: refused input, and paths that are not there or not his.
+_USER_ERRORS = (
+    UsageError,
+    flags.Error,
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    lower_bound: float | None = None,
+    upper_bound: float | None = None,
+) -> Any:
+    """A field of an experiment's Config: default, help text and what values are allowed.
+
+    The bounds are inclusive and hold for every element of a tuple, as do the choices.
+    """
+    metadata = {"help": help, "choices": choices, "lower": lower_bound, "upper": upper_bound}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _SettingParser(flags.ArgumentParser):
+    """Parses one setting by the annotation of its field."""
+
+    def __init__(self, annotation: Any, metadata: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._is_tuple = typing.get_origin(annotation) is tuple
+        arguments = typing.get_args(annotation)
+        self._kind = arguments[0] if self._is_tuple else annotation
+        if self._kind not in (int, float, bool, str) or (
+            self._is_tuple and (self._kind is bool or arguments[1:] != (...,))
+        ):
+            raise TypeError(f"a setting cannot be {annotation}; see experiments/_config.py")
+        self._metadata = metadata
+
+    def parse(self, argument: Any) -> Any:
+        """Text or a value to the value, checked; ValueError says what was expected."""
+        if not self._is_tuple:
+            return self._element(argument)
+        if isinstance(argument, str):
+            argument = [part for part in argument.split(",") if part.strip()]
+        return tuple(self._element(part) for part in argument)
+
+    def _element(self, value: Any) -> Any:
+        kind, name = self._kind, self._kind.__name__
+        expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        try:
+            if isinstance(value, str):
+                if kind is bool:
+                    texts = {"true": True, "1": True, "false": False, "0": False}
+                    value = texts[value.strip().lower()]
+                elif kind is str:
+                    value = value.strip()
+                else:
+                    value = kind(value.strip())
+            elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"expected {expected[name]}") from None
+        if type(value) is not kind:
+            raise ValueError(f"{value!r} is not {expected.get(name, 'text')}")
+        return self._allowed(value)
+
+    def _allowed(self, value: Any) -> Any:
+        lower, upper = self._metadata.get("lower"), self._metadata.get("upper")
+        choices = self._metadata.get("choices")
+        if self._kind is float and not math.isfinite(value):
+            raise ValueError("expected a finite number")
+        if lower is not None and value < lower:
+            raise ValueError(f"expected at least {lower}")
+        if upper is not None and value > upper:
+            raise ValueError(f"expected at most {upper}")
+        if choices is not None and value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+        # One setting is one line of config.flags, and a comma parts the elements of a tuple.
+        if self._kind is str and ("\n" in value or (self._is_tuple and "," in value)):
+            raise ValueError("text must fit one line, and an element of a tuple has no comma")
+        return value
+
+    def flag_type(self) -> str:
+        """What help shows in place of a value."""
+        return f"{self._kind.__name__},..." if self._is_tuple else self._kind.__name__
+
+
+class _SettingSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: Any) -> str:
+        """The text that parses back to the same value."""
+        if isinstance(value, tuple):
+            return ",".join(map(self.serialize, value))
+        if isinstance(value, bool):
+            return str(value).lower()
+        return repr(value) if isinstance(value, float) else str(value)
+
+
+class _SettingFlag(flags.Flag):
+    """A flag made from a field of a Config."""
+
+    def __init__(self, name: str, field: dataclasses.Field[Any], annotation: Any, default: Any):
+        super().__init__(
+            _SettingParser(annotation, field.metadata),
+            _SettingSerializer(),
+            name,
+            default,
+            field.metadata.get("help", ""),
+            boolean=annotation is bool,
+        )
+
+    def text(self, value: Any) -> str:
+        """The value as config.flags and help show it."""
+        return _SettingSerializer().serialize(value)
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _names(package: str) -> dict[str, str]:
+    """The experiments of a package and their one-line summaries, read without importing them."""
+    spec = importlib.util.find_spec(package)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    found = {}
+    for module in pkgutil.iter_modules(locations):
+        if module.name.startswith("_") or module.ispkg:
+            continue
+        source = Path(module.module_finder.path) / f"{module.name}.py"  # type: ignore[union-attr]
+        try:
+            text = ast.get_docstring(ast.parse(source.read_text())) or ""
+        except (SyntaxError, OSError):
+            text = "(cannot be read)"
+        found[module.name] = text.partition("\n")[0]
+    return found
+
+
+def _find(experiment: str, package: str) -> types.ModuleType:
+    known = sorted(_names(package))
+    if experiment not in known:
+        raise UsageError(
+            f"--experiment={experiment} is not one of {', '.join(known)}"
+            f"{_did_you_mean(experiment, known)}"
+        )
+    return importlib.import_module(f"{package}.{experiment}")
+
+
+def _preset(module: types.ModuleType, preset: str) -> Mapping[str, Any]:
+    presets = getattr(module, "PRESETS", {})
+    if preset in presets:
+        return presets[preset]
+    if preset == DEFAULT_PRESET:
+        return {}
+    known = list(dict.fromkeys([*presets, DEFAULT_PRESET]))
+    raise UsageError(
+        f"--preset={preset} is not one of {', '.join(known)}{_did_you_mean(preset, known)}"
+    )
+
+
+def _common_flags(preset_help: str = "Named set of sizes.") -> flags.FlagValues:
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # Also takes "--name value", anywhere, as --flagfile needs.
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    switch = functools.partial(flags.DEFINE_boolean, flag_values=values)
+    text("experiment", DEFAULT_EXPERIMENT, "What to run.")
+    text("preset", DEFAULT_PRESET, preset_help)
+    text("workdir", None, "Folder of the run; runs/EXPERIMENT-PRESET by default.")
+    switch("overwrite", False, "Delete what an earlier run left in the workdir.")
+    switch("debug", False, "Show the trace of every error.")
+    switch("help", False, "Show this and stop.", short_name="h")
+    return values
+
+
+def _define_settings(
+    values: flags.FlagValues, module: types.ModuleType, preset: str
+) -> dict[str, _SettingFlag]:
+    """Add a flag for every field of the module's Config, with the preset's values as defaults."""
+    annotations = typing.get_type_hints(module.Config)
+    fields = {field.name: field for field in dataclasses.fields(module.Config)}
+    overrides = _preset(module, preset)
+    unknown = [name for name in overrides if name not in fields]
+    if unknown:
+        raise TypeError(f"preset {preset} of {module.__name__} sets {unknown}, not in its Config")
+    settings = {}
+    for name, field in fields.items():
+        if name in _RESERVED:
+            raise TypeError(f"{module.__name__}.Config.{name}: --{name} has a meaning already")
+        default = overrides.get(name, field.default)
+        if default is dataclasses.MISSING:
+            raise TypeError(f"{module.__name__}.Config.{name} has no default")
+        settings[name] = _SettingFlag(name, field, annotations[name], default)
+        flags.DEFINE_flag(settings[name], flag_values=values)
+    return settings
+
+
+def make_config(module: types.ModuleType, preset: str = DEFAULT_PRESET, **overrides: Any) -> Any:
+    """The Config of an experiment at a preset, with single settings replaced.
+
+    Raises:
+      UsageError: if the preset or a setting is unknown, or a value is not allowed.
+    """
+    settings = _define_settings(flags.FlagValues(), module, preset)
+    for name, value in overrides.items():
+        if name not in settings:
+            raise UsageError(f"unknown setting {name}{_did_you_mean(name, list(settings))}")
+        try:
+            settings[name].value = settings[name].parser.parse(value)
+        except ValueError as error:
+            raise UsageError(f"{name}={value}: {error}") from None
+    return module.Config(**{name: flag.value for name, flag in settings.items()})
+
+
+def _flag_texts(
+    module: types.ModuleType, experiment: str, preset: str, config: Any
+) -> dict[str, str]:
+    settings = _define_settings(flags.FlagValues(), module, preset)
+    texts = {name: flag.text(getattr(config, name)) for name, flag in settings.items()}
+    return {"experiment": experiment, "preset": preset, **texts}
+
+
+def _commit() -> str | None:
+    """Revision of this checkout, "+dirty" where tracked files differ; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != _ROOT:
+            return None
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    # Experiments run from the checkout, whose setup.cfg is newer than metadata of an installation.
+    setup = configparser.ConfigParser()
+    setup.read(_ROOT / "setup.cfg")
+    versions: dict[str, str | None] = {
+        "flipad_jax": setup.get("metadata", "version", fallback=None),
+        "python": platform.python_version(),
+    }
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _device() -> dict[str, Any]:
+    import jax  # Here, so that the settings can be read and checked without it.
+
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+    }
+
+
+def execute(
+    module: types.ModuleType,
+    config: Any,
+    *,
+    workdir: str | os.PathLike[str],
+    preset: str = DEFAULT_PRESET,
+    overwrite: bool = False,
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run an experiment in a workdir, or go on with it, or only read what it found.
+
+    Args:
+      module: the experiment.
+      config: an instance of its Config.
+      workdir: folder of the run; see `experiments._record`.
+      preset: name of the preset that `config` started from; recorded.
+      overwrite: start over where a run was.
+      command: the command line, recorded.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      UsageError: if the workdir cannot be used.
+    """
+    experiment = module.__name__.rpartition(".")[2]
+    commit = _commit()
+    texts = _flag_texts(module, experiment, preset, config)
+    summary = getattr(module, "summary", None)
+    with open_workdir(workdir, texts, overwrite=overwrite, commit=commit) as record:
+        results = read_results(record.workdir)
+        if results is not None:
+            record.say(f"{record.shown} is complete since {results.get('finished')}.")
+        else:
+            start = time.monotonic()
+            try:
+                metrics = module.run(config, record)
+            except KeyboardInterrupt:
+                again = ["python", "run.py", f"--flagfile={Path(record.shown) / 'config.flags'}"]
+                again.append(f"--workdir={record.shown}")
+                record.note(f"\ninterrupted; go on with: {shlex.join(again)}")
+                raise
+            facts = {
+                "experiment": experiment,
+                "preset": preset,
+                "settings": dataclasses.asdict(config),
+                "convention": "paper",
+                "seed": getattr(config, "seed", None),
+                "versions": _versions(),
+                "device": _device(),
+                "commit": commit,
+                "command": shlex.join(command) if command else None,
+                "last_start_seconds": round(time.monotonic() - start, 3),
+            }
+            results = record.finish(facts, metrics)
+        if summary is not None:
+            record.say(summary(results["metrics"]))
+        record.say(f"Results: {Path(record.shown) / 'results.json'}")
+        return results
+
+
+def _help(
+    names: Mapping[str, str],
+    experiment: str,
+    preset: str,
+    values: flags.FlagValues,
+    settings: Mapping[str, _SettingFlag],
+) -> str:
+    def entry(left: str, text: str) -> str:
+        gap = "\n" + " " * 30 if len(left) > 27 else " " * (28 - len(left))
+        body = textwrap.fill(text, 66, break_long_words=False).replace("\n", "\n" + " " * 30)
+        return f"  {left}{gap}{body}".rstrip()
+
+    def switch(name: str) -> str:
+        flag = values[name]
+        return f"--{name}" if flag.boolean else f"--{name}={flag.default or name.upper()}"
+
+    common = [name for name in _RESERVED if name in values]
+    lines = [
+        "python run.py --experiment=NAME [--preset=PRESET] [--workdir=FOLDER] [--FLAG=VALUE ...]",
+        "",
+        "Experiments:",
+        *(entry(name, text) for name, text in names.items()),
+        "",
+        "Flags of every experiment:",
+        *(entry(switch(name), values[name].help) for name in common),
+        entry("--flagfile=FILE", "Read flags from a file, as from WORKDIR/config.flags."),
+        "",
+        f"Settings of {experiment}, with the values of --preset={preset}:",
+        *(entry(f"--{n}={flag.text(flag.default)}", flag.help) for n, flag in settings.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _run(argv: Sequence[str], package: str) -> int:
+    early = _common_flags()  # Experiment and preset decide which other flags there are.
+    early(argv, known_only=True)
+    names = _names(package)
+    module = _find(early.experiment, package)
+    presets = list(dict.fromkeys([*getattr(module, "PRESETS", {}), DEFAULT_PRESET]))
+    values = _common_flags(f"Named set of sizes: {', '.join(presets)}.")
+    settings = _define_settings(values, module, early.preset)
+    if early.help:
+        print(_help(names, early.experiment, early.preset, values, settings))
+        return 0
+    rest = values(argv)[1:]
+    if rest:
+        hint = f"; did you mean --experiment={rest[0]}?" if rest[0] in names else ""
+        raise UsageError(f"unexpected argument {rest[0]!r}: flags are --name=value{hint}")
+    # Libraries that read absl's own flags (Grain, absl.logging) want them parsed.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    execute(
+        module,
+        module.Config(**{name: flag.value for name, flag in settings.items()}),
+        workdir=values.workdir or f"runs/{early.experiment}-{early.preset}",
+        preset=early.preset,
+        overwrite=values.overwrite,
+        command=argv,
+    )
+    return 0
+
+
+def _say_error(error: BaseException) -> str:
+    text = str(error).removeprefix("ERROR:: ")
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{os.fspath(error.filename)}: {error.strerror}"
+    if not isinstance(error, UsageError | flags.Error):
+        text += " (--debug shows where)"
+    return " ".join(text.split())
+
+
+def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
+    """Run the experiment that the command line names.
+
+    Args:
+      argv: the command line, program first.
+      package: where the experiments are.
+
+    Returns:
+      The exit code: 0, or 2 after a mistake of the user, told in one line on stderr, or 130 after
+      an interruption. Any other error keeps its trace.
+    """
+    debug = "--debug" in argv or "--debug=true" in argv
+    try:
+        return _run(argv, package)
+    except _USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_say_error(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,478 @@
+"""The run record: everything that one run of an experiment writes, in one folder.
+
+    WORKDIR/config.flags     experiment, preset and every setting; replay with --flagfile
+    WORKDIR/stages/*.npz     what the finished stages computed; a killed run goes on from there
+    WORKDIR/metrics.jsonl    one line per logged step; of a step logged twice, the last counts
+    WORKDIR/figures/, WORKDIR/checkpoints/
+    WORKDIR/results.json     written last and at once: where it exists, the run is complete
+
+Files that a reader relies on are written beside their place and moved there, so that a kill at any
+moment leaves either the old file or the new one.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Not a POSIX system: two runs in one workdir are then not noticed.
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "Progress",
+    "Run",
+    "UsageError",
+    "open_workdir",
+    "read_results",
+    "replacing",
+    "write_atomically",
+]
+
+_HEADER = "# A run of flipad_jax."
+_STAGE_RECORD = "__stage__"
+
+
+class UsageError(Exception):
+    """A mistake of the person who typed the command; shown as one line, without a trace."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing so that readers, and later runs, see all of it or nothing.
+
+    The content goes to a file beside `path` and is moved there when the block ends well.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file at once; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def now() -> str:
+    """The time as results record it: ISO 8601, seconds, with the offset from UTC."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def plain(value: Any, name: str, non_finite: list[str]) -> Any:
+    """Turn a metric into what JSON holds; a NaN or an infinity becomes null and is listed.
+
+    Args:
+      value: numbers, strings, None, NumPy or JAX arrays, and mappings and sequences of them.
+      name: dotted name of `value`, for the list.
+      non_finite: names of values that were not finite are appended here.
+
+    Raises:
+      TypeError: if `value` is something that JSON cannot hold.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{name}.{k}", non_finite) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{name}[{i}]", non_finite) for i, v in enumerate(value)]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        non_finite.append(name)
+        return None
+    if hasattr(value, "__array__"):
+        return plain(np.asarray(value).tolist(), name, non_finite)
+    raise TypeError(f"{name} is a {type(value).__name__}, which results.json cannot hold")
+
+
+class Progress:
+    """A bar on stderr with the time left; two plain lines where stderr is no terminal.
+
+    Iterate over it, or use it as a context and call `update` after every part.
+    """
+
+    def __init__(self, items: Iterable[Any] | int, what: str, *, stream: Any = None) -> None:
+        self._items = range(items) if isinstance(items, int) else items
+        self._what = what
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: Any = None
+        self._started = 0.0
+
+    def __enter__(self) -> "Progress":
+        self._started = time.monotonic()
+        if self._stream.isatty():
+            total = len(self._items) if isinstance(self._items, Sized) else None
+            self._bar = tqdm.tqdm(
+                total=total, desc=self._what, file=self._stream, dynamic_ncols=True
+            )
+        else:
+            print(f"{self._what} ...", file=self._stream, flush=True)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            state = "done in" if kind is None else "stopped after"
+            seconds = time.monotonic() - self._started
+            print(f"{self._what}: {state} {seconds:.1f} s", file=self._stream, flush=True)
+
+    def update(self, count: int = 1, **values: Any) -> None:
+        """Say that `count` more parts are done; `values` (a loss, say) are shown behind the bar."""
+        if self._bar is not None:
+            if values:
+                self._bar.set_postfix(values, refresh=False)
+            self._bar.update(count)
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self._items:
+                yield item
+                self.update()
+
+
+class Run:
+    """The run record that an experiment's `run(config, record)` is given.
+
+    Attributes:
+      workdir: absolute path of the folder that holds everything.
+      shown: the same folder as the user wrote it, for messages.
+      started: when the first process of this run began (a resumed run keeps the time).
+      seconds: seconds per stage, of the process that computed it.
+      warnings: what `warn` was told; ends up in results.json.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], flags: Mapping[str, str], commit: Any):
+        """Enter a workdir; use `open_workdir`, which checks first whose it is."""
+        self.shown = str(workdir)
+        self.workdir = Path(workdir).expanduser().absolute()
+        self.started = now()
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self._flags = flags
+        self._commit = commit
+        self._entered: list[str] = []
+
+    @property
+    def figures(self) -> Path:
+        """Folder for pictures, made when asked for."""
+        return self._folder("figures")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for checkpoints (absolute, as Orbax wants it), made when asked for."""
+        return self._folder("checkpoints")
+
+    def _folder(self, name: str) -> Path:
+        path = self.workdir / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def say(self, text: str) -> None:
+        """Print a line for the user on stdout, without breaking a bar that is being drawn."""
+        tqdm.tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line about the course of the run on stderr."""
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr and keep it for results.json."""
+        self.warnings.append(text)
+        self.note(f"warning: {text}")
+
+    def progress(self, items: Iterable[Any] | int, what: str) -> Progress:
+        """A progress bar: `for batch in record.progress(batches, "inverting 512 images")`.
+
+        With a number instead of things to iterate over:
+        `with record.progress(3000, "training") as bar: ... bar.update(100, loss=0.7)`.
+        """
+        return Progress(items, what)
+
+    def log_metrics(self, *, step: int, **values: Any) -> None:
+        """Append one line to metrics.jsonl: the step, and numbers by name (NaN becomes null)."""
+        line = plain({"step": step, **values}, "metrics", [])
+        with (self.workdir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def stage(
+        self,
+        name: str,
+        compute: Callable[[], Mapping[str, Any]],
+        *,
+        text: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Compute a part of the run once; a run that is started again loads it instead.
+
+        Args:
+          name: names the stage and its file: letters, digits, `_`, `-` and `.`; once per run.
+          compute: returns arrays by name (NumPy or JAX; no objects). Called without arguments.
+          text: what is being done, shown to the user; the name by default.
+
+        Returns:
+          The arrays as NumPy arrays, the same whether they were computed or loaded.
+
+        Raises:
+          RuntimeError: if the name was used before or cannot name a file.
+          TypeError: if `compute` returns something that is no plain array.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise RuntimeError(f"a stage cannot be named {name!r}: it names a file")
+        if name in self._entered:
+            raise RuntimeError(f"two stages of one run are named {name!r}")
+        self._entered.append(name)
+        text = text or name
+        path = self.workdir / "stages" / f"{name}.npz"
+        loaded = self._load(path)
+        if loaded is not None:
+            arrays, meta = loaded
+            self.seconds[name] = meta["seconds"]
+            self.warnings += meta["warnings"]
+            if meta["commit"] != self._commit:
+                self.warn(
+                    f"stage {name} was computed by commit {meta['commit']}, this is {self._commit}"
+                )
+            self.note(f"{text}: kept from an earlier start ({meta['seconds']:.1f} s then)")
+            return arrays
+        self.note(f"{text} ...")
+        start, num_warnings = time.monotonic(), len(self.warnings)
+        # The conversion waits for the device, so that its work counts into the stage.
+        arrays = {key: _checked(name, key, value) for key, value in compute().items()}
+        seconds = self.seconds[name] = round(time.monotonic() - start, 3)
+        meta = {
+            "seconds": seconds,
+            "commit": self._commit,
+            "warnings": self.warnings[num_warnings:],
+            "sha256": _digest(arrays),
+        }
+        encoded = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        with replacing(path) as file:
+            np.savez(file, allow_pickle=False, **{_STAGE_RECORD: encoded}, **arrays)
+        self.note(f"{text}: {seconds:.1f} s")
+        return arrays
+
+    def _load(self, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Read a stage; None where there is none or where the file is not what was written."""
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            meta = json.loads(arrays.pop(_STAGE_RECORD).tobytes())
+            if meta["sha256"] != _digest(arrays):
+                raise ValueError("its checksum differs")
+            return arrays, {key: meta[key] for key in ("seconds", "commit", "warnings")}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            # NumPy and zipfile report damage in all of these ways, depending on the byte hit.
+            self.warn(f"stages/{path.name} is damaged and is computed again ({_one_line(error)})")
+            return None
+
+    def finish(self, facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write results.json, which makes the run complete, and return what it holds."""
+        non_finite: list[str] = []
+        metrics = plain(metrics, "metrics", non_finite)
+        if non_finite:
+            self.warn(f"not finite, written as null: {', '.join(non_finite)}")
+        results = {
+            **plain(facts, "facts", []),
+            "metrics": metrics,
+            "seconds": dict(self.seconds),
+            "started": self.started,
+            "finished": now(),
+            "warnings": list(self.warnings),
+        }
+        text = json.dumps(results, indent=2, allow_nan=False)
+        write_atomically(self.workdir / "results.json", text + "\n")
+        return json.loads(text)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _checked(stage: str, key: str, value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    # npz cannot hold objects without pickle and loses the names of dtypes such as bfloat16.
+    if array.dtype.kind in "OV" or key == _STAGE_RECORD:
+        raise TypeError(f"stage {stage} cannot keep {key!r} of dtype {array.dtype}")
+    return array
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        array = arrays[key]
+        digest.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    return digest.hexdigest()
+
+
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """What a complete run wrote; None where results.json is missing or cannot be read."""
+    try:
+        results = json.loads((workdir / "results.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return results if isinstance(results, dict) and "metrics" in results else None
+
+
+def _read_flags(path: Path) -> tuple[dict[str, str], str] | None:
+    """The flags of a run and when it started; None if no run of ours wrote the file."""
+    try:
+        lines = path.read_text().splitlines()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
+        return None
+    if not lines or not lines[0].startswith(_HEADER):
+        return None
+    pairs = [line[2:].partition("=") for line in lines if line.startswith("--")]
+    started = re.search(r"Started (\S+)", lines[0])
+    return {name: value for name, _, value in pairs}, started[1].rstrip(".") if started else now()
+
+
+def _write_flags(run: Run, flags: Mapping[str, str]) -> None:
+    lines = [f"{_HEADER} Started {run.started}"]
+    lines.append("# Again: python run.py --flagfile=THIS_FILE --workdir=ANOTHER_FOLDER")
+    lines += [f"--{name}={value}" for name, value in flags.items()]
+    write_atomically(run.workdir / "config.flags", "\n".join(lines) + "\n")
+
+
+def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+    # The preset only names defaults; two names for equal settings are the same run.
+    names = [n for n in (*ours, *theirs) if n != "preset" and theirs.get(n) != ours.get(n)]
+    return [
+        f"{name} is {theirs.get(name, 'unset')} there and {ours.get(name, 'unset')} here"
+        for name in dict.fromkeys(names)
+    ]
+
+
+@contextlib.contextmanager
+def open_workdir(
+    workdir: str | os.PathLike[str],
+    flags: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    commit: str | None = None,
+) -> Iterator[Run]:
+    """Enter a workdir for one run: a new or empty folder, or one of the same settings.
+
+    Args:
+      workdir: the folder; made if missing.
+      flags: experiment, preset and every setting as flag text; decides whether a run that is there
+        already may go on.
+      overwrite: delete what an earlier run left there. Never deletes a folder that no run made.
+      commit: revision of the code, remembered with every stage.
+
+    Raises:
+      UsageError: if the folder belongs to something else, to a run of other settings, or to a run
+        that is still going on.
+    """
+    run = Run(workdir, flags, commit)
+    path = run.workdir
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--workdir={run.shown} is a file; give a folder")
+    found = _read_flags(path / "config.flags")
+    if found is None and path.is_dir() and any(not _is_debris(p) for p in path.iterdir()):
+        raise UsageError(
+            f"--workdir={run.shown} is not empty and no run of ours made it; give another folder"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    with _lock(run):
+        if found is not None and overwrite:
+            _clear(run)
+            found = None
+        if found is None:
+            _write_flags(run, flags)
+        else:
+            theirs, run.started = found
+            different = _differences(theirs, flags)
+            if different and not _has_results(run):
+                # An earlier start failed before it made anything, on a mistyped path, say.
+                _write_flags(run, flags)
+            elif different:
+                raise UsageError(
+                    f"--workdir={run.shown} holds a run of other settings: "
+                    f"{'; '.join(different)}. Give another --workdir, or --overwrite to start over"
+                )
+            _repair(run)
+        yield run
+
+
+@contextlib.contextmanager
+def _lock(run: Run) -> Iterator[None]:
+    """Keep a second process out; the system drops the lock when this one dies."""
+    with (run.workdir / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"--workdir={run.shown} is in use by a run that is still going on"
+                ) from None
+        yield
+
+
+def _has_results(run: Run) -> bool:
+    """Whether a run kept anything beside its flags."""
+    files = (path for path in run.workdir.rglob("*") if not path.is_dir())
+    return any(path.name != "config.flags" and not _is_debris(path) for path in files)
+
+
+def _clear(run: Run) -> None:
+    """Delete what an earlier run left; the lock file stays, as it is held."""
+    here = Path.cwd()
+    if here == run.workdir.resolve() or run.workdir.resolve() in here.parents:
+        raise UsageError(f"--overwrite would delete the folder you are in, {run.shown}")
+    # config.flags goes last: a kill in between leaves a folder that is still known as ours.
+    for path in sorted(run.workdir.iterdir(), key=lambda path: path.name == "config.flags"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _is_debris(path: Path) -> bool:
+    """Whether a file is the lock, or what `replacing` was writing when it was killed."""
+    return path.name == ".lock" or bool(
+        re.fullmatch(r".+\.(flags|jsonl?|npz)\.\d+\.tmp", path.name)
+    )
+
+
+def _repair(run: Run) -> None:
+    """Remove what a killed process left half written."""
+    for path in [*run.workdir.iterdir(), *run.workdir.glob("stages/*")]:
+        if _is_debris(path) and path.name != ".lock":
+            path.unlink()
+    metrics = run.workdir / "metrics.jsonl"
+    if metrics.exists():
+        data = metrics.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with replacing(metrics) as file:
+                file.write(data[: data.rfind(b"\n") + 1])

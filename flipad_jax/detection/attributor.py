@@ -1,0 +1,514 @@
+"""The attributor: a last layer, a fitted detector and its calibration, in one object that can be
+saved.
+
+    attributor = fit(layer, z_bar, generated, rng=jax.random.key(0))
+    verdicts(attributor, images, fnr=0.005)
+
+`fit` splits the generated images: some fit the detector, the rest (which it never sees) calibrate
+the threshold. The scores of the calibration images are kept, so the false-negative rate is chosen
+when a verdict is asked for, without fitting again.
+
+Four detectors are one configuration away:
+
+================================================= ==========================================================
+`AttributorConfig()`                              one-class, own images only (`one_class.py`), the
+default `AttributorConfig(detector="deepsad")`            FLIPAD: DeepSAD on activations, own
+against real images `... features="pixels"` / `features="dct"`        RawPAD / DCTPAD: the same
+without inversion ================================================= ==========================================================
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization, struct, traverse_util
+
+from flipad_jax import data
+from flipad_jax.detection import calibration, deepsad, features, one_class
+from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
+from flipad_jax.detection.one_class import OneClass, OneClassConfig
+from flipad_jax.inversion import linops
+from flipad_jax.inversion.final_layer import FinalLayer, invert
+
+__all__ = ["Attributor", "AttributorConfig", "Verdicts", "fit", "load", "save", "score", "verdicts"]
+
+DETECTORS = ("one_class", "deepsad")
+_FORMAT = 1
+_ARRAYS, _SETTINGS = "attributor.safetensors", "attributor.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributorConfig:
+    """All settings of an attributor.
+
+    Attributes:
+      detector: "one_class" (own images only) or "deepsad" (own against real images, [P1]).
+      features: what DeepSAD looks at: "activations" (FLIPAD), "pixels" (RawPAD), "dct" (DCTPAD).
+        The one-class detector reads activations only.
+      lam: lasso weight, half of the paper's lambda.
+      tol: relative duality gap of every inversion; 0 for exactly `max_iters` iterations on every
+        image alike, uncertified (the achieved gap is reported all the same).
+      max_iters: iterations at most.
+      method: solver, see `lasso.METHODS`.
+      one_class: settings of the one-class detector.
+      deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
+      calibration_share: share of the generated images that calibrate; the one-class detector takes
+        as many again as reference for its tail probabilities.
+      batch_size: images inverted and scored at a time: memory does not grow with the number of
+        images.
+    """
+
+    detector: str = "one_class"
+    features: str = "activations"
+    lam: float = 5e-4
+    tol: float = 1e-2
+    max_iters: int = 10_000
+    method: str = "fista"
+    one_class: OneClassConfig = OneClassConfig()
+    deepsad: DeepSADConfig | None = None
+    calibration_share: float = 0.25
+    batch_size: int = 256
+
+    def __post_init__(self):
+        if self.detector not in DETECTORS:
+            raise ValueError(f"detector={self.detector!r}: expected one of {DETECTORS}")
+        if self.features not in features.KINDS:
+            raise ValueError(f"features={self.features!r}: expected one of {features.KINDS}")
+        if self.detector == "one_class" and self.features != "activations":
+            raise ValueError(
+                f'the one-class detector reads activations, not {self.features}; use
+                detector="deepsad"'
+            )
+        if not 0 < self.calibration_share < 0.5:
+            raise ValueError(
+                f"calibration_share={self.calibration_share}: expected above 0 and below 0.5"
+            )
+        if self.batch_size < 1 or self.max_iters < 1 or not self.tol >= 0 or not self.lam >= 0:
+            raise ValueError(
+                f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: must not be negative"
+            )
+
+    def deepsad_config(self) -> DeepSADConfig:
+        """DeepSAD's settings: those given, or the paper's."""
+        return self.deepsad or DeepSADConfig(widths=ENCODER_WIDTHS[self.features])
+
+
+class DeepSADDetector(struct.PyTreeNode):
+    """DeepSAD and the features that it was trained on."""
+
+    features: features.FittedFeatures
+    model: DeepSAD
+
+
+@dataclasses.dataclass(frozen=True)
+class Attributor:
+    """What `fit` returns and `score`, `verdicts`, `save` take.
+
+    Attributes:
+      layer: the generator's last layer.
+      z_bar: its mean activation.
+      detector: `OneClass` or `DeepSADDetector`.
+      calibration_scores: `[n]` float64 scores of own images that fitted nothing.
+      config: settings.
+    """
+
+    layer: FinalLayer
+    z_bar: jax.Array
+    detector: OneClass | DeepSADDetector
+    calibration_scores: np.ndarray
+    config: AttributorConfig
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the images it can judge."""
+        return self.layer.operator.output_shape
+
+
+class Scores(NamedTuple):
+    """Scores and how good the inversions behind them are.
+
+    Attributes:
+      score: `[n]` float64, higher = less likely ours; NaN where inversion or detector failed.
+      relative_gap: `[n]` certificate of the inversion; NaN where the features need none.
+      num_iters: `[n]` iterations of the inversion, 0 where there was none.
+      converged: `[n]` bool: the certificate asked for was reached (`tol` > 0), or the inversion is
+        finite (`tol` = 0).
+    """
+
+    score: np.ndarray
+    relative_gap: np.ndarray
+    num_iters: np.ndarray
+    converged: np.ndarray
+
+
+class Verdicts(NamedTuple):
+    """One entry per image.
+
+    Attributes:
+      score: `[n]`, higher = less likely ours.
+      p_value: `[n]` conformal: P(an own image scores this high or higher); NaN without a verdict.
+      threshold: the (1 - fnr) quantile of the calibration scores.
+      accepted: `[n]` bool, attributed to our model. False without a verdict.
+      converged: `[n]` bool, see `Scores`; no verdict is given where False.
+      verdict: `[n]` text: "ours", "not_ours" or "cannot_judge".
+      relative_gap: `[n]`, see `Scores`.
+    """
+
+    score: np.ndarray
+    p_value: np.ndarray
+    threshold: float
+    accepted: np.ndarray
+    converged: np.ndarray
+    verdict: np.ndarray
+    relative_gap: np.ndarray
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def _no_progress(what: str, done: int, total: int) -> None:
+    del what, done, total
+
+
+def _activations(layer, z_bar, config, images):
+    """z' of one batch of images, and the inversion's info."""
+    z, info = invert(
+        layer,
+        images,
+        z_bar,
+        lam=config.lam,
+        tol=config.tol,
+        max_iters=config.max_iters,
+        method=config.method,
+    )
+    return z - jnp.asarray(z_bar)[None], info
+
+
+def _raw_features(layer, z_bar, config, images, what, progress) -> np.ndarray:
+    """Activations z', or images in [-1, 1], of all images: `[n, h, w, c]` float32 on the host."""
+    if config.features != "activations":
+        return np.asarray(data.to_float(images), np.float32)
+    rows = np.empty((len(images), *layer.operator.input_shape), np.float32)
+    for start in range(0, len(images), config.batch_size):
+        batch = images[start : start + config.batch_size]
+        z, info = _activations(layer, z_bar, config, batch)
+        if config.tol > 0 and not bool(info.converged.all()):
+            bad = start + np.flatnonzero(~np.asarray(info.converged))
+            raise ValueError(
+                f"{bad.size} inversions did not reach tol={config.tol} in {config.max_iters} iterations "
+                f"(images {bad[:10].tolist()}, {what}): allow more iterations or a larger tol"
+            )
+        rows[start : start + len(batch)] = np.asarray(z)
+        progress(what, start + len(batch), len(images))
+    return rows
+
+
+def fit(
+    layer: FinalLayer,
+    z_bar: np.ndarray | jax.Array,
+    generated: np.ndarray,
+    real: np.ndarray | None = None,
+    *,
+    rng: jax.Array,
+    config: AttributorConfig = AttributorConfig(),
+    progress: Progress | None = None,
+) -> Attributor:
+    """Fit a detector to a generator.
+
+    Args:
+      layer: its last layer.
+      z_bar: its mean activation, see `final_layer.mean_activation`.
+      generated: own images, `[n, h, w, c]` uint8 (as they are published) or float32 in [-1, 1].
+      real: images that the model was trained on; DeepSAD needs them, the one-class detector takes
+        none.
+      rng: key of the split and of DeepSAD.
+      config: settings.
+      progress: called with (what is being done, how much is done, of how much).
+    Returns:
+      The attributor. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
+    Raises:
+      ValueError: for bad images, missing or superfluous `real`, too few images, or inversions that
+        miss their tolerance.
+    """
+    progress = progress or _no_progress
+    shape = layer.operator.output_shape
+    generated = data.check_images(generated, shape=shape)
+    if (real is None) != (config.detector == "one_class"):
+        need = (
+            "learns from own images alone: leave real out"
+            if real is not None
+            else "needs real images beside own ones"
+        )
+        raise ValueError(f"the {config.detector} detector {need}")
+    if real is not None:
+        real = data.check_images(real, shape=shape)
+    split_rng, train_rng = jax.random.split(rng)
+    order = np.asarray(jax.random.permutation(split_rng, len(generated)))
+    num_calibration = int(len(generated) * config.calibration_share)
+    if num_calibration < 20:
+        raise ValueError(
+            f"{len(generated)} generated images leave {num_calibration} for calibration, expected 20 at least; "
+            "fnr 0.005 takes 199"
+        )
+    z_bar = jnp.asarray(z_bar)
+    raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
+    calibrating, rest = order[:num_calibration], order[num_calibration:]
+    detector: OneClass | DeepSADDetector
+    if config.detector == "one_class":
+        own = raw(generated[rest], "inverting own images")
+        detector = one_class.fit(own[num_calibration:], own[:num_calibration], config.one_class)
+    else:
+        own = raw(generated[rest], "inverting own images")
+        others = raw(real, "inverting real images")
+        fitted = features.fit(features.preset(config.features), [own], [others])
+        settings = config.deepsad_config()
+        own, others = (_prepared(fitted, x, config.batch_size) for x in (own, others))
+        model, _ = deepsad.fit(
+            train_rng,
+            own,
+            others,
+            settings,
+            progress=lambda state: progress(
+                "training DeepSAD, epochs", int(state.epoch), settings.epochs
+            ),
+        )
+        detector = DeepSADDetector(fitted, model)
+    attributor = Attributor(layer, z_bar, detector, np.zeros(0), config)
+    scores = score_with_info(attributor, generated[calibrating], progress=progress).score
+    return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
+
+
+_prepare = jax.jit(features.prepare)
+
+
+def _prepared(fitted: features.FittedFeatures, x: np.ndarray, batch_size: int) -> np.ndarray:
+    parts = [
+        np.asarray(_prepare(fitted, x[i : i + batch_size])) for i in range(0, len(x), batch_size)
+    ]
+    return np.concatenate(parts)
+
+
+def score_with_info(
+    attributor: Attributor, images: np.ndarray, *, progress: Progress | None = None
+) -> Scores:
+    """As `score`, with the certificate of every inversion."""
+    progress = progress or _no_progress
+    config, detector = attributor.config, attributor.detector
+    images = data.check_images(images, shape=attributor.image_shape)
+    total = len(images)
+    columns: list[Scores] = [
+        Scores(np.zeros(0), np.zeros(0), np.zeros(0, np.int32), np.zeros(0, bool))
+    ]
+    for start in range(0, total, config.batch_size):
+        batch = images[start : start + config.batch_size]
+        if config.features == "activations":
+            raw, info = _activations(attributor.layer, attributor.z_bar, config, batch)
+            gap, num_iters = np.asarray(info.relative_gap, np.float64), np.asarray(info.num_iters)
+            converged = np.asarray(info.converged) if config.tol > 0 else np.isfinite(gap)
+        else:
+            raw = data.to_float(batch)
+            gap, num_iters = np.full(len(batch), np.nan), np.zeros(len(batch), np.int32)
+            converged = np.ones(len(batch), bool)
+        if isinstance(detector, OneClass):
+            values = one_class.score(detector, raw)
+        else:
+            values = deepsad.score(
+                detector.model, _prepare(detector.features, jnp.asarray(raw, jnp.float32))
+            )
+        columns.append(Scores(np.asarray(values, np.float64), gap, num_iters, converged))
+        progress("scoring", start + len(batch), total)
+    return Scores(*(np.concatenate(parts) for parts in zip(*columns)))
+
+
+def score(attributor: Attributor, images: np.ndarray) -> np.ndarray:
+    """How unlike our own images these are.
+
+    Args:
+      attributor: from `fit` or `load`.
+      images: `[n, h, w, c]` uint8 or float32 in [-1, 1], of the attributor's `image_shape`; n may
+        be 0.
+    Returns:
+      `[n]` float64, higher = less likely ours; compare with `attributor.calibration_scores`. NaN
+      where nothing could be computed.
+    Raises:
+      ValueError: for images of another shape or dtype, with NaN, or outside [-1, 1].
+    """
+    return score_with_info(attributor, images).score
+
+
+def verdicts(
+    attributor: Attributor,
+    images: np.ndarray,
+    fnr: float = 0.005,
+    *,
+    progress: Progress | None = None,
+) -> Verdicts:
+    """Decide for every image whether our model made it.
+
+    Args:
+      attributor: from `fit` or `load`.
+      images: as for `score`.
+      fnr: share of own images that may be called not ours; can be changed without fitting again.
+      progress: as for `fit`.
+    Returns:
+      The verdicts. Where the inversion missed its certificate or a score is not finite there is
+      none: "cannot_judge".
+    Raises:
+      ValueError: for bad images, or an fnr outside [0, 1].
+    """
+    threshold = calibration.threshold(attributor.calibration_scores, fnr)
+    scores = score_with_info(attributor, images, progress=progress)
+    judged = np.isfinite(scores.score) & scores.converged
+    accepted = judged & (scores.score <= threshold)
+    p_value = np.where(
+        judged, calibration.conformal_p_values(attributor.calibration_scores, scores.score), np.nan
+    )
+    text = np.where(accepted, "ours", np.where(judged, "not_ours", "cannot_judge"))
+    return Verdicts(
+        scores.score, p_value, threshold, accepted, scores.converged, text, scores.relative_gap
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The bundle: one folder, arrays in safetensors, settings in JSON. Nothing is pickled.
+
+_OPERATORS = {cls.__name__: cls for cls in (linops.ConvTranspose, linops.Conv, linops.Dense)}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _split_fields(instance: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Array fields and settings of a dataclass whose static fields are plain values."""
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    arrays = {
+        name: value for name, value in values.items() if isinstance(value, (jax.Array, np.ndarray))
+    }
+    return arrays, {name: value for name, value in values.items() if name not in arrays}
+
+
+def save(attributor: Attributor, path: str | os.PathLike) -> None:
+    """Write an attributor as a folder of two files, `attributor.safetensors` and `attributor.json`.
+
+    Both name the same digest; `load` refuses a pair that does not belong together, so a
+    half-written bundle is never read.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    from safetensors.numpy import save as save_arrays
+
+    operator_arrays, geometry = _split_fields(attributor.layer.operator)
+    detector = serialization.to_state_dict(attributor.detector)
+    tree = {"operator": operator_arrays, "z_bar": attributor.z_bar, "detector": detector}
+    tree["calibration_scores"] = attributor.calibration_scores
+    if attributor.layer.bias is not None:
+        tree["bias"] = attributor.layer.bias
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    arrays = {
+        name: np.ascontiguousarray(value) for name, value in flat.items() if value is not None
+    }
+    content = save_arrays(arrays)
+    settings = {
+        "format": _FORMAT,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "operator": {"kind": type(attributor.layer.operator).__name__, **geometry},
+        "activation": attributor.layer.activation,
+        "config": dataclasses.asdict(attributor.config),
+    }
+    if isinstance(attributor.detector, DeepSADDetector):
+        fitted = attributor.detector.features
+        settings["features"] = {
+            "config": dataclasses.asdict(fitted.config),
+            "input_shape": fitted.input_shape,
+        }
+        settings["deepsad"] = {
+            "config": dataclasses.asdict(attributor.detector.model.config),
+            "input_shape": attributor.detector.model.input_shape,
+        }
+    os.makedirs(path, exist_ok=True)
+    # JSON last: until it names the new digest the old pair is broken, not mixed.
+    for name, data_bytes in (
+        (_ARRAYS, content),
+        (_SETTINGS, json.dumps(settings, indent=1).encode()),
+    ):
+        partial = os.path.join(path, f"{name}.{os.getpid()}.tmp")
+        with open(partial, "wb") as file:
+            file.write(data_bytes)
+        os.replace(partial, os.path.join(path, name))
+
+
+def load(path: str | os.PathLike) -> Attributor:
+    """Read an attributor written by `save`, on whatever device is there.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if the files are damaged, do not belong together, or come from a newer version.
+    """
+    from safetensors.numpy import load as load_arrays
+
+    with open(os.path.join(path, _SETTINGS)) as file:
+        text = file.read()
+    with open(os.path.join(path, _ARRAYS), "rb") as file:
+        content = file.read()
+    try:
+        settings = json.loads(text)
+        if settings["format"] != _FORMAT:
+            raise ValueError(
+                f"{path} has format {settings['format']}, this version reads {_FORMAT}: update flipad_jax"
+            )
+        if hashlib.sha256(content).hexdigest() != settings["sha256"]:
+            raise ValueError(
+                f"{path}: {_ARRAYS} is not the file that {_SETTINGS} was written with; save it again"
+            )
+        return _assemble(settings, load_arrays(content))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an attributor: {error}") from error
+
+
+def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attributor:
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    geometry = {name: _tuples(value) for name, value in settings["operator"].items()}
+    operator_class = _OPERATORS[geometry.pop("kind")]
+    operator = operator_class(**jax.tree.map(jnp.asarray, tree["operator"]), **geometry)
+    bias = tree.get("bias")
+    layer = FinalLayer(
+        operator, None if bias is None else jnp.asarray(bias), settings["activation"]
+    )
+    stored = dict(settings["config"])
+    stored["one_class"] = OneClassConfig(**stored["one_class"])
+    if stored["deepsad"] is not None:
+        stored["deepsad"] = DeepSADConfig(**stored["deepsad"])
+    config = AttributorConfig(**stored)
+    arrays = jax.tree.map(jnp.asarray, tree["detector"])
+    detector: OneClass | DeepSADDetector
+    if config.detector == "one_class":
+        gaussians = {
+            name: one_class.Gaussian(**arrays.pop(name)) for name in ("moments", "quantiles")
+        }
+        detector = OneClass(
+            **arrays, **gaussians, input_shape=operator.input_shape, config=config.one_class
+        )
+    else:
+        fitted = features.FittedFeatures(
+            **{name: arrays.get("features", {}).get(name) for name in ("mean", "std", "channels")},
+            config=features.FeatureConfig(**settings["features"]["config"]),
+            input_shape=_tuples(settings["features"]["input_shape"]),
+        )
+        model = DeepSAD(
+            **arrays["model"],
+            config=DeepSADConfig(**settings["deepsad"]["config"]),
+            input_shape=_tuples(settings["deepsad"]["input_shape"]),
+        )
+        detector = DeepSADDetector(fitted, model)
+    return Attributor(
+        layer, jnp.asarray(tree["z_bar"]), detector, tree["calibration_scores"], config
+    )

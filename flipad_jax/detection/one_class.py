@@ -1,0 +1,277 @@
+"""One-class detector: own images only, no network, no image of anybody else.
+
+DeepSAD learns what separates own from *real* images and is blind to whatever another model shares
+with ours. Inverted activations z' = z - z_bar carry more than that difference, and three statistics
+of them, fitted on own images alone, read it off:
+
+*   **residual**: the share of z' outside the span of the first principal directions of own z',
+    ||(I - V V^T)(z' - mean)||^2 / ||z' - mean||^2;
+*   **channel moments**: Mahalanobis distance of the per-channel means and standard deviations;
+*   **quantiles**: Mahalanobis distance of a few quantiles of all entries of z'.
+
+Own images that fitted nothing of this (the reference) turn each statistic s into a tail probability
+p(s), and the score is Fisher's sum -2 sum_i log p_i, higher = less likely ours. The three are
+dependent, so the sum is a score and no chi-square: its threshold comes from a third set of own
+images (`calibration`).
+
+An empirical p-value cannot fall below 1 / (n + 1), so alone it would throw away how far beyond all
+own images a statistic lies. Above the reference's 98 % quantile u the tail is therefore continued
+as a Pareto tail, p(s) = 0.02 (s / u)^(-1 / gamma), with Hill's
+estimate gamma of its index: heavy tails of own images give far values less weight, light ones more.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+__all__ = ["STATISTICS", "Gaussian", "OneClass", "OneClassConfig", "fit", "score", "statistics"]
+
+STATISTICS = ("residual", "channel_moments", "quantiles")
+
+_TAIL = 0.02  # share of the reference in the tail that Hill's estimate sees
+_MIN_TAIL = 10  # ... and at least this many images
+
+
+@dataclasses.dataclass(frozen=True)
+class OneClassConfig:
+    """Settings of the statistics.
+
+    Attributes:
+      num_components: principal directions kept; at most a third of the images fitted on.
+      quantiles: levels in [0, 1] of the quantile statistic.
+      batch_size: images per compiled call.
+    """
+
+    num_components: int = 300
+    quantiles: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+    batch_size: int = 64
+
+    def __post_init__(self):
+        object.__setattr__(self, "quantiles", tuple(self.quantiles))
+        if self.num_components < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"OneClassConfig: {self.num_components=} and {self.batch_size=} must be positive"
+            )
+        if not self.quantiles or not all(0 <= q <= 1 for q in self.quantiles):
+            raise ValueError(f"OneClassConfig: quantiles={self.quantiles} must be levels in [0, 1]")
+
+
+@struct.dataclass
+class Gaussian:
+    """A normal distribution, for Mahalanobis distances."""
+
+    mean: jax.Array  # [k]
+    precision: jax.Array  # [k, k]
+
+
+@struct.dataclass
+class OneClass:
+    """A fitted detector; a pytree of float32 arrays.
+
+    Attributes:
+      mean: `[d]` mean own activation, d = h w c.
+      directions: `[d, r]` orthonormal principal directions.
+      moments: mean `[2 c]` and precision of the channel moments.
+      quantiles: mean and precision of the quantiles.
+      reference: `[3, n]` sorted statistics of the reference images.
+      input_shape: (h, w, c) of an activation (static).
+      config: settings (static).
+    """
+
+    mean: jax.Array
+    directions: jax.Array
+    moments: Gaussian
+    quantiles: Gaussian
+    reference: jax.Array
+    input_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+    config: OneClassConfig = struct.field(pytree_node=False)
+
+
+def _channel_moments(z: jax.Array) -> jax.Array:
+    """`[h, w, c]` -> `[2 c]`."""
+    return jnp.concatenate([z.mean(axis=(0, 1)), z.std(axis=(0, 1))])
+
+
+def _quantiles(z: jax.Array, levels: tuple[float, ...]) -> jax.Array:
+    return jnp.quantile(z.ravel(), jnp.asarray(levels, z.dtype))
+
+
+def _mahalanobis(gaussian: Gaussian, x: jax.Array) -> jax.Array:
+    x = x - gaussian.mean
+    return x @ jnp.dot(gaussian.precision, x, precision=lax.Precision.HIGHEST)
+
+
+def _statistics_of_one(model: OneClass, z: jax.Array) -> jax.Array:
+    centred = z.ravel() - model.mean
+    inside = jnp.dot(centred, model.directions, precision=lax.Precision.HIGHEST)
+    total = jnp.sum(centred**2)
+    # Orthonormal directions: what is outside is the difference; rounding must not make it negative.
+    residual = jnp.maximum(total - jnp.sum(inside**2), 0) / jnp.maximum(
+        total, jnp.finfo(z.dtype).tiny
+    )
+    return jnp.stack(
+        [
+            residual,
+            _mahalanobis(model.moments, _channel_moments(z)),
+            _mahalanobis(model.quantiles, _quantiles(z, model.config.quantiles)),
+        ]
+    )
+
+
+_statistics_batch = jax.jit(jax.vmap(_statistics_of_one, in_axes=(None, 0)))
+_describe_batch = jax.jit(
+    jax.vmap(lambda z, levels: (_channel_moments(z), _quantiles(z, levels)), in_axes=(0, None)),
+    static_argnums=1,
+)
+
+
+def _check(name: str, z: jax.Array, shape: tuple[int, ...] | None = None) -> None:
+    if (
+        z.ndim != 4
+        or not jnp.issubdtype(z.dtype, jnp.floating)
+        or (shape is not None and tuple(z.shape[1:]) != shape)
+    ):
+        expected = "[n, h, w, c]" if shape is None else f"[n, {', '.join(map(str, shape))}]"
+        raise ValueError(
+            f"one-class {name} are {z.dtype}{list(z.shape)}, expected floating point {expected}"
+        )
+
+
+def _batches(z: np.ndarray, batch_size: int):
+    """Batches of one shape (the last one filled up with its last image) and how many of each count."""
+    for start in range(0, z.shape[0], batch_size):
+        batch = np.asarray(z[start : start + batch_size], np.float32)
+        count = batch.shape[0]
+        yield np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge"), count
+
+
+def fit(
+    own: np.ndarray, reference: np.ndarray, config: OneClassConfig = OneClassConfig()
+) -> OneClass:
+    """Fit the statistics on one set of own images and their tail probabilities on another.
+
+    Args:
+      own: z' = z - z_bar of own images, `[n, h, w, c]` floating point.
+      reference: the same of other own images, `[m, h, w, c]`; shares no image with `own`.
+      config: settings.
+    Returns:
+      The detector. Calibrate it on own images that are in neither set.
+    Raises:
+      ValueError: for shapes that differ, NaN, or too few images to fit anything (30 and 100).
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    _check("activations", own)
+    shape = tuple(own.shape[1:])
+    _check("reference activations", reference, shape)
+    if own.shape[0] < 30 or reference.shape[0] < 100:
+        raise ValueError(
+            f"the one-class detector got {own.shape[0]} own images to fit and {reference.shape[0]} for reference; "
+            "it needs at least 30 and 100, and is good from about 1000 and 500 on"
+        )
+    for name, z in (("own", own), ("reference", reference)):
+        bad = np.flatnonzero(~np.isfinite(np.asarray(z)).all(axis=(1, 2, 3)))
+        if bad.size:
+            raise ValueError(
+                f"{name} activations {bad[:10].tolist()} hold NaN or infinity ({bad.size} in all)"
+            )
+
+    def gaussian(x):
+        x = np.asarray(x, np.float64)
+        covariance, _ = ledoit_wolf(x)
+        # A feature that never varies (a quantile that is always 0) gets a spread of rounding size,
+        # not zero.
+        floor = 1e-10 * max(np.trace(covariance) / len(covariance), np.finfo(np.float32).tiny)
+        precision = np.linalg.inv(covariance + floor * np.eye(len(covariance)))
+        return Gaussian(jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(precision, jnp.float32))
+
+    described = [
+        [np.asarray(part)[:count] for part in _describe_batch(batch, config.quantiles)]
+        for batch, count in _batches(own, config.batch_size)
+    ]
+    channel_moments, quantiles = (np.concatenate(parts) for parts in zip(*described))
+    mean, directions = _principal_directions(
+        jnp.asarray(own, jnp.float32).reshape(own.shape[0], -1),
+        min(config.num_components, own.shape[0] // 3),
+    )
+    model = OneClass(
+        mean=mean,
+        directions=directions,
+        moments=gaussian(channel_moments),
+        quantiles=gaussian(quantiles),
+        reference=jnp.zeros((len(STATISTICS), 0), jnp.float32),
+        input_shape=shape,
+        config=config,
+    )
+    sorted_reference = np.sort(statistics(model, reference), axis=0).T
+    return model.replace(reference=jnp.asarray(sorted_reference))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _principal_directions(x: jax.Array, num_components: int) -> tuple[jax.Array, jax.Array]:
+    """Mean `[d]` and the first principal directions `[d, r]` of rows `[n, d]`, n < d, by their Gram matrix."""
+    mean = x.mean(axis=0)
+    centred = x - mean
+    gram = jnp.dot(centred, centred.T, precision=lax.Precision.HIGHEST)
+    _, vectors = jnp.linalg.eigh(gram)
+    directions = jnp.dot(
+        centred.T, vectors[:, ::-1][:, :num_components], precision=lax.Precision.HIGHEST
+    )
+    # Once more through QR: the Gram matrix squares the condition number, directions of little
+    # variance are not orthogonal.
+    return mean, jnp.linalg.qr(directions)[0]
+
+
+def statistics(model: OneClass, z: np.ndarray) -> np.ndarray:
+    """The statistics of `STATISTICS`, each higher = less likely ours.
+
+    Args:
+      model: from `fit`.
+      z: z' = z - z_bar, `[n, h, w, c]` floating point, n >= 0.
+    Returns:
+      `[n, 3]` float32; a row is NaN if its activation is not finite.
+    Raises:
+      ValueError: for another shape than in `fit`.
+    """
+    _check("activations", z, model.input_shape)
+    rows = [np.zeros((0, len(STATISTICS)), np.float32)]
+    for batch, count in _batches(z, model.config.batch_size):
+        values = np.asarray(_statistics_batch(model, batch))[:count]
+        finite = np.isfinite(batch[:count]).all(axis=(1, 2, 3)) & np.isfinite(values).all(axis=1)
+        rows.append(np.where(finite[:, None], values, np.nan))
+    return np.concatenate(rows)
+
+
+def _log_tail_probability(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """log p of `values` `[n]` under the sorted `reference` `[m]`: empirical in the bulk, Pareto beyond."""
+    size = reference.size
+    at_least = size - np.searchsorted(reference, values, side="left")
+    empirical = np.log((1 + at_least) / (size + 1))
+    in_tail = max(int(_TAIL * size), _MIN_TAIL)
+    log_reference = np.log(np.maximum(reference, np.finfo(np.float32).tiny))
+    edge = log_reference[size - in_tail - 1]
+    # Hill's estimator; its floor keeps a reference of equal values from dividing by zero.
+    index = max(float(np.mean(log_reference[size - in_tail :] - edge)), 1e-6)
+    log_values = np.log(np.maximum(values, np.finfo(np.float32).tiny))
+    beyond = np.log((1 + in_tail) / (size + 1)) - (log_values - edge) / index
+    return np.where(log_values > edge, beyond, empirical)
+
+
+def score(model: OneClass, z: np.ndarray) -> np.ndarray:
+    """Fisher's sum of the log tail probabilities of the statistics: higher = less likely ours.
+
+    Args, errors: as for `statistics`.
+    Returns:
+      `[n]` float64; NaN for an activation that is not finite.
+    """
+    values = statistics(model, z).astype(np.float64)
+    reference = np.asarray(model.reference, np.float64)
+    with np.errstate(invalid="ignore"):
+        logs = [_log_tail_probability(reference[i], values[:, i]) for i in range(len(STATISTICS))]
+    total = -2 * np.sum(logs, axis=0)
+    return np.where(np.isfinite(values).all(axis=1), total, np.nan)
