@@ -275,7 +275,7 @@ class Run:
         }
         encoded = np.frombuffer(json.dumps(meta).encode(), np.uint8)
         with replacing(path) as file:
-            np.savez(file, allow_pickle=False, **{_STAGE_RECORD: encoded}, **arrays)
+            np.savez(file, **{_STAGE_RECORD: encoded}, **arrays)
         self.note(f"{text}: {seconds:.1f} s")
         return arrays
 
@@ -321,8 +321,10 @@ def _one_line(error: BaseException) -> str:
 def _checked(stage: str, key: str, value: Any) -> np.ndarray:
     array = np.asarray(value)
     # npz cannot hold objects without pickle and loses the names of dtypes such as bfloat16.
-    if array.dtype.kind in "OV" or key == _STAGE_RECORD:
+    if array.dtype.kind in "OV":
         raise TypeError(f"stage {stage} cannot keep {key!r} of dtype {array.dtype}")
+    if key in (_STAGE_RECORD, "file", "allow_pickle"):  # The last two are arguments of np.savez.
+        raise TypeError(f"stage {stage} cannot name an array {key!r}")
     return array
 
 

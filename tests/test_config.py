@@ -479,6 +479,8 @@ def test_stages_refuse_what_they_cannot_keep(resumable, tmp_path):
     with resumable() as record:
         with pytest.raises(TypeError, match="object"):
             record.stage("objects", lambda: {"a": np.array([None])})
+        with pytest.raises(TypeError, match="cannot name"):
+            record.stage("names", lambda: {"allow_pickle": np.ones(1)})
         with pytest.raises(RuntimeError, match="names a file"):
             record.stage("../outside", lambda: {"a": np.ones(1)})
         record.stage("part", lambda: {"a": np.ones(1)})

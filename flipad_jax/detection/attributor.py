@@ -1,5 +1,4 @@
-"""The attributor: a last layer, a fitted detector and its calibration, in one object that can be
-saved.
+"""The attributor: last layer, fitted detector and calibration in one object that can be saved.
 
     attributor = fit(layer, z_bar, generated, rng=jax.random.key(0))
     verdicts(attributor, images, fnr=0.005)
@@ -10,11 +9,9 @@ when a verdict is asked for, without fitting again.
 
 Four detectors are one configuration away:
 
-================================================= ==========================================================
-`AttributorConfig()`                              one-class, own images only (`one_class.py`), the
-default `AttributorConfig(detector="deepsad")`            FLIPAD: DeepSAD on activations, own
-against real images `... features="pixels"` / `features="dct"`        RawPAD / DCTPAD: the same
-without inversion ================================================= ==========================================================
+*   `AttributorConfig()`: the one-class detector, own images only (`one_class.py`); the default.
+*   `AttributorConfig(detector="deepsad")`: FLIPAD, DeepSAD on activations, own against real images.
+*   the same with `features="pixels"` or `features="dct"`: RawPAD and DCTPAD, without inversion.
 """
 
 import dataclasses
@@ -83,8 +80,8 @@ class AttributorConfig:
             raise ValueError(f"features={self.features!r}: expected one of {features.KINDS}")
         if self.detector == "one_class" and self.features != "activations":
             raise ValueError(
-                f'the one-class detector reads activations, not {self.features}; use
-                detector="deepsad"'
+                f"the one-class detector reads activations, not {self.features}; "
+                'use detector="deepsad"'
             )
         if not 0 < self.calibration_share < 0.5:
             raise ValueError(
@@ -92,7 +89,8 @@ class AttributorConfig:
             )
         if self.batch_size < 1 or self.max_iters < 1 or not self.tol >= 0 or not self.lam >= 0:
             raise ValueError(
-                f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: must not be negative"
+                f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: "
+                "must not be negative"
             )
 
     def deepsad_config(self) -> DeepSADConfig:
@@ -202,7 +200,8 @@ def _raw_features(layer, z_bar, config, images, what, progress) -> np.ndarray:
         if config.tol > 0 and not bool(info.converged.all()):
             bad = start + np.flatnonzero(~np.asarray(info.converged))
             raise ValueError(
-                f"{bad.size} inversions did not reach tol={config.tol} in {config.max_iters} iterations "
+                f"{bad.size} inversions did not reach tol={config.tol} in "
+                f"{config.max_iters} iterations "
                 f"(images {bad[:10].tolist()}, {what}): allow more iterations or a larger tol"
             )
         rows[start : start + len(batch)] = np.asarray(z)
@@ -254,8 +253,8 @@ def fit(
     num_calibration = int(len(generated) * config.calibration_share)
     if num_calibration < 20:
         raise ValueError(
-            f"{len(generated)} generated images leave {num_calibration} for calibration, expected 20 at least; "
-            "fnr 0.005 takes 199"
+            f"{len(generated)} generated images leave {num_calibration} for calibration, "
+            "expected 20 at least; fnr 0.005 takes 199"
         )
     z_bar = jnp.asarray(z_bar)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
@@ -463,11 +462,13 @@ def load(path: str | os.PathLike) -> Attributor:
         settings = json.loads(text)
         if settings["format"] != _FORMAT:
             raise ValueError(
-                f"{path} has format {settings['format']}, this version reads {_FORMAT}: update flipad_jax"
+                f"{path} has format {settings['format']}, this version reads {_FORMAT}: "
+                "update flipad_jax"
             )
         if hashlib.sha256(content).hexdigest() != settings["sha256"]:
             raise ValueError(
-                f"{path}: {_ARRAYS} is not the file that {_SETTINGS} was written with; save it again"
+                f"{path}: {_ARRAYS} is not the file that {_SETTINGS} was written with; "
+                "save it again"
             )
         return _assemble(settings, load_arrays(content))
     except (KeyError, TypeError) as error:

@@ -15,7 +15,6 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from flipad_jax import data
 from flipad_jax.generators.training import Gan, GanState
 from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer

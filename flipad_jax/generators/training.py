@@ -115,10 +115,9 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
         return images, updates["batch_stats"]
 
     def update_discriminator(params, opt_state, real, fake, rng):
-        loss_of = lambda p: gan.discriminator_loss(
-            functools.partial(discriminate, p), real, fake, rng
-        )  # noqa: E731
-        loss, grads = jax.value_and_grad(loss_of)(params)
+        loss, grads = jax.value_and_grad(
+            lambda p: gan.discriminator_loss(functools.partial(discriminate, p), real, fake, rng)
+        )(params)
         updates, opt_state = gan.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
