@@ -423,7 +423,7 @@ def _run(argv: Sequence[str], package: str) -> int:
     values = _common_flags(f"Named set of sizes: {', '.join(presets)}.")
     settings = _define_settings(values, module, early.preset)
     if early.help:
-        print(_help(names, early.experiment, early.preset, values, settings))
+        print(_help(names, early.experiment, early.preset, values, settings), flush=True)
         return 0
     rest = values(argv)[1:]
     if rest:
@@ -474,3 +474,6 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # The reader of our output, `head` say, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

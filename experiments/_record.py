@@ -217,6 +217,34 @@ class Run:
         """
         return Progress(items, what)
 
+    @contextlib.contextmanager
+    def parts(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
+        """A callback `(part, done, total)` for work that goes through parts, a bar for each.
+
+        `with record.parts("FLIPAD") as progress: fit(..., progress=progress)`.
+        """
+        bar: Progress | None = None
+        current, before = None, 0
+
+        def progress(part: str, done: int, total: int) -> None:
+            nonlocal bar, current, before
+            # Work that starts over (the next set of images) is a part of its own.
+            if part != current or done < before:
+                close()
+                bar, current, before = Progress(total, f"{what}: {part}"), part, 0
+                bar.__enter__()
+            bar.update(done - before)
+            before = done
+
+        def close() -> None:
+            if bar is not None:
+                bar.__exit__(None)
+
+        try:
+            yield progress
+        finally:
+            close()
+
     def log_metrics(self, *, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl: the step, and numbers by name (NaN becomes null)."""
         line = plain({"step": step, **values}, "metrics", [])
@@ -275,7 +303,8 @@ class Run:
         }
         encoded = np.frombuffer(json.dumps(meta).encode(), np.uint8)
         with replacing(path) as file:
-            np.savez(file, **{_STAGE_RECORD: encoded}, **arrays)
+            contents: dict[str, Any] = {_STAGE_RECORD: encoded, **arrays}
+            np.savez(file, **contents)
         self.note(f"{text}: {seconds:.1f} s")
         return arrays
 

@@ -117,8 +117,8 @@ class RocCurve(NamedTuple):
 def roc(own_scores: ArrayLike, rival_scores: ArrayLike) -> RocCurve:
     """Receiver operating characteristic, from (0, 0) to (1, 1).
 
-    The last point is (1, 1) by convention; undecided rival images are below every threshold before
-    it.
+    It ends lower, at the share of decided ones, if rival images are undecided, and has a first step
+    to the right at -inf if own ones are: the area is `auc` in every case.
 
     Args:
       own_scores: `[n]` scores of own test images.
@@ -134,9 +134,7 @@ def roc(own_scores: ArrayLike, rival_scores: ArrayLike) -> RocCurve:
 
     def rejected(scores):
         scores = np.sort(scores)
-        share = 1 - np.searchsorted(scores, thresholds, side="right") / scores.size
-        share[-1] = 1.0
-        return share
+        return 1 - np.searchsorted(scores, thresholds, side="right") / scores.size
 
     return RocCurve(rejected(own), rejected(rival), thresholds)
 

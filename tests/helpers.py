@@ -44,8 +44,8 @@ def convolution_matrix(kernel, input_shape, strides, pad, output_shape):
     return matrix.reshape(tall * wide * c_out, h * w * c_in)
 
 
-def small_layer(dtype=jnp.float64, *, seed=0, channels=6, size=4):
-    """Transposed convolution like a DCGAN's last layer in small, and its matrix by loops (float64)."""
+def small_layer(dtype=jnp.float64, *, seed=0, channels=16, size=4):
+    """A DCGAN's last layer in small, and its matrix by loops in float64."""
     kernel = 0.3 * np.random.default_rng(seed).standard_normal((4, 4, channels, 3))
     kernel = kernel.astype(dtype)
     op = linops.conv_transpose(kernel, (size, size, channels), strides=2, padding=1)

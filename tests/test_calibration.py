@@ -16,6 +16,7 @@ rates = st.sampled_from([0.0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.7, 1.0])
 
 
 @given(tied_scores, rates)
+@settings(deadline=None)
 def test_threshold_is_the_interpolated_quantile(own, fnr):
     ordered, place = np.sort(own), (len(own) - 1) * (1 - fnr)
     below = min(int(place), len(own) - 1)
@@ -34,6 +35,7 @@ def test_threshold_is_torchs():
 
 
 @given(tied_scores, st.lists(st.floats(-5, 8), max_size=20))
+@settings(deadline=None)
 def test_p_values_count_own_scores_at_least_as_high(own, scores):
     expected = [(1 + sum(o >= s for o in own)) / (len(own) + 1) for s in scores]
     np.testing.assert_array_equal(calibration.conformal_p_values(own, scores), expected)
@@ -47,6 +49,7 @@ def test_p_values_at_the_edges():
 
 
 @given(tied_scores, rates)
+@settings(deadline=None)
 def test_conformal_threshold_rejects_exactly_small_p_values(own, fnr):
     scores = np.concatenate([own, np.arange(-4, 8, 0.5)])
     by_p_value = calibration.conformal_p_values(own, scores) <= fnr
@@ -92,7 +95,7 @@ def test_conformal_guarantee_by_simulation(ties):
     st.lists(st.integers(1, 200).map(lambda k: k / 200), min_size=1, max_size=60),
     st.sampled_from([0.01, 0.05, 0.1, 0.3]),
 )
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_benjamini_hochberg_is_scipys(p_values, fdr):
     adjusted = scipy.stats.false_discovery_control(p_values, method="bh")
     expected = adjusted <= fdr * (1 + 1e-9)
@@ -108,9 +111,9 @@ def test_benjamini_hochberg_meets_the_line_exactly():
 
 
 def test_benjamini_hochberg_without_verdicts():
-    p_values = np.array([0.01, np.nan, 0.9, 0.04, np.nan])
-    # m = 3 known ones: 0.04 > 0.05 * 2 / 3.
-    expected = [True, False, False, False, False]
+    p_values = np.array([0.01, np.nan, 0.9, 0.03, np.nan])
+    # m = 3 known ones: 0.03 <= 0.05 * 2 / 3; were NaN counted, 0.03 > 0.05 * 2 / 5.
+    expected = [True, False, False, True, False]
     np.testing.assert_array_equal(calibration.benjamini_hochberg(p_values, 0.05), expected)
     assert not calibration.benjamini_hochberg([np.nan], 0.5).any()
     assert calibration.benjamini_hochberg([], 0.5).shape == (0,)

@@ -213,7 +213,7 @@ def test_photo_splits_share_no_source_pixel(seed, monkeypatch):
     assert not seen["validation"] & seen["test"]
     # ... and the crops reach nearly all of the photographs: nothing is disjoint by being unused.
     covered = sum(len(s) for s in seen.values())
-    assert covered > 0.9 * (101 * 60 + 60 * 83 + 200 * 90)
+    assert covered > 0.8 * (101 * 60 + 60 * 83 + 200 * 90)
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
@@ -272,6 +272,8 @@ def test_photos_vary_in_scale_and_mirroring_and_use_every_photo(monkeypatch):
     flat = [Image.new("RGB", (100, 100), (k, 0, 0)) for k in range(7)]
     crops = data._crop_photos(flat, split="test", image_size=8, num_images=200, seed=0)
     assert (np.bincount(crops[:, 0, 0, 0], minlength=7) > 10).all()
+    other = data._crop_photos(flat, split="train", image_size=8, num_images=200, seed=0)
+    assert np.mean(crops[:, 0, 0, 0] == other[:, 0, 0, 0]) < 0.3  # 1 / 7: splits draw apart
 
 
 def test_scale_of_photo_crops_is_the_same_in_all_splits():

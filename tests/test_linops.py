@@ -167,7 +167,9 @@ def test_string_padding_equals_flax(window, strides, padding):
             (linops.conv, nn.Conv, kernel),
         ]:
             layer = module(3, window, use_bias=False, precision="highest", **options)
-            expected = layer.apply({"params": {"kernel": jnp.asarray(array)}}, jnp.asarray(z)[None])[0]
+            expected = layer.apply(
+                {"params": {"kernel": jnp.asarray(array)}}, jnp.asarray(z)[None]
+            )[0]
             op = build(kernel, z.shape, **options)
             assert op.output_shape == expected.shape
             np.testing.assert_allclose(op.forward(jnp.asarray(z)), expected, rtol=0, atol=1e-5)
@@ -263,7 +265,10 @@ KERNEL = np.ones((4, 4, 2, 3))
         (lambda: linops.conv_transpose(KERNEL, (3, 3, 2), padding=-1), "non-negative"),
         (lambda: linops.conv_transpose(KERNEL, (3, 3, 2), padding=((1, 1), 2)), "padding="),
         (lambda: linops.conv_transpose(KERNEL, (1, 1, 2), padding=2), "leaves no output"),
-        (lambda: linops.conv_transpose(KERNEL, (3, 3, 2), output_padding=1), "smaller than strides"),
+        (
+            lambda: linops.conv_transpose(KERNEL, (3, 3, 2), output_padding=1),
+            "smaller than strides",
+        ),
         (
             lambda: linops.conv_transpose(
                 KERNEL, (3, 3, 2), strides=2, padding="SAME", output_padding=1

@@ -410,17 +410,18 @@ def test_roc_curves_show_all_detectors_and_rivals(log_x):
 
     by_detector = {"FLIPAD": scores(2.0, 0), "RawPAD": scores(0.1, 1)}
     by_detector["RawPAD"][0][:7] = np.nan
+    by_detector["FLIPAD"][1]["other"][:2] = np.nan
     figure = report.roc_curves(by_detector, log_x=log_x, fnr=0.005)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["other", "real"]
     shown = texts(figure)
     for detector, (own, rivals) in by_detector.items():
-        kept = own[~np.isnan(own)]
-        labels = np.r_[np.zeros(len(kept)), np.ones(100)]
-        assert f"{roc_auc_score(labels, np.r_[kept, rivals['other']]):.3f}" in shown
+        kept, other = own[~np.isnan(own)], rivals["other"][~np.isnan(rivals["other"])]
+        labels = np.r_[np.zeros(len(kept)), np.ones(len(other))]
+        assert f"{roc_auc_score(labels, np.r_[kept, other]):.3f}" in shown
         assert detector in shown
     assert shown.count("1.000") == 2 and {"chance", "fnr 0.5 %"} <= set(shown)
     (label,) = [text for text in shown if text.startswith("own images rejected")]
-    assert "n = 200" in label and "7 NaN scores left out" in label
+    assert "n = 200" in label and "9 NaN scores left out" in label
     assert ("logarithmic" in label) == log_x
     for axes in figure.axes:
         assert axes.get_xlim() == ((1 / 200 if log_x else 0.0), 1.0)

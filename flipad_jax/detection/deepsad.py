@@ -204,10 +204,10 @@ class DeepSAD:
     batch_stats: Any
     centre: jax.Array  # [rep_dim]
     config: DeepSADConfig = struct.field(pytree_node=False)
-    input_shape: tuple[int, int, int] = struct.field(pytree_node=False)  # (h, w, c) of features
+    input_shape: tuple[int, ...] = struct.field(pytree_node=False)  # (h, w, c) of features
 
 
-def finish(state: DeepSADState, config: DeepSADConfig, input_shape: tuple[int, int, int]) -> DeepSAD:
+def finish(state: DeepSADState, config: DeepSADConfig, input_shape: tuple[int, ...]) -> DeepSAD:
     """The detector as it is after the epochs that `state` has seen."""
     return DeepSAD(
         params=state.params,
@@ -229,7 +229,15 @@ def _learning_rate(config: DeepSADConfig, epoch: jax.Array) -> jax.Array:
     return jnp.asarray(schedule(epoch), jnp.float32)
 
 
-def init(rng: jax.Array, input_shape: tuple[int, int, int], config: DeepSADConfig) -> DeepSADState:
+def _init_network(rng, *, input_shape, config):
+    sample = jnp.zeros((1, *input_shape), jnp.float32)
+    return _network(config).init(rng, sample, train=False)
+
+
+_init_network_jit = jax.jit(_init_network, static_argnames=("input_shape", "config"))
+
+
+def init(rng: jax.Array, input_shape: tuple[int, ...], config: DeepSADConfig) -> DeepSADState:
     """A fresh state; its centre is zero until `with_centre` has seen the data.
 
     Args:
@@ -247,8 +255,7 @@ def init(rng: jax.Array, input_shape: tuple[int, int, int], config: DeepSADConfi
             f"{len(config.widths)} blocks needs [h, w, c] with h, w >= {smallest}; use fewer "
             "widths or larger features."
         )
-    sample = jnp.zeros((1, *input_shape), jnp.float32)
-    variables = _network(config).init(rng, sample, train=False)
+    variables = _init_network_jit(rng, input_shape=tuple(input_shape), config=config)
     return DeepSADState(
         params=variables["params"],
         batch_stats=variables["batch_stats"],
@@ -306,7 +313,10 @@ def train_step(
     updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
     rate = _learning_rate(config, state.epoch)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    return state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state), value
+    return (
+        dataclasses.replace(state, params=params, batch_stats=batch_stats, opt_state=opt_state),
+        value,
+    )
 
 
 def _train_on_rows(state, own, real, index, config):
@@ -361,7 +371,7 @@ def train_epoch(
         values.append(value)
     mean = jnp.stack(values).mean()
     losses = state.losses.at[state.epoch].set(mean)
-    return state.replace(epoch=state.epoch + 1, losses=losses), mean
+    return dataclasses.replace(state, epoch=state.epoch + 1, losses=losses), mean
 
 
 # ---------------------------------------------------------------------------------------------
@@ -374,7 +384,7 @@ def _embed(params, batch_stats, x, config):
     representation = _network(config).apply(
         {"params": params, "batch_stats": batch_stats}, x, train=False
     )
-    # Said outright, since whether a maximum passes NaN on differs between backends.
+    # Said outright: an infinite sample may otherwise end in an infinite score, which looks decided.
     finite = jnp.isfinite(x).all(axis=(1, 2, 3))
     return jnp.where(finite[:, None], representation, jnp.nan)
 
@@ -431,7 +441,7 @@ def with_centre(
             f"{len(real_rows)} real samples; leave these out."
         )
     mean = np.concatenate([own_rows, real_rows]).mean(axis=0, dtype=np.float64)
-    return state.replace(centre=push_from_zero(jnp.asarray(mean, jnp.float32)))
+    return dataclasses.replace(state, centre=push_from_zero(jnp.asarray(mean, jnp.float32)))
 
 
 def _check_features(own, real, config):

@@ -24,7 +24,6 @@ left as it is, nothing is ever enlarged; channels are chosen when asked for only
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -262,7 +261,7 @@ def extract(config: FeatureConfig, x: jax.Array) -> jax.Array:
 class Moments(NamedTuple):
     """Mean and spread of the samples seen so far, per element."""
 
-    count: jax.Array  # [] number of samples, dtype of the features
+    num_samples: jax.Array  # [], dtype of the features
     mean: jax.Array  # [h, w, c]
     sum_squares: jax.Array  # [h, w, c] sum of squared deviations from the mean
 
@@ -271,7 +270,7 @@ def moments(x: jax.Array) -> Moments:
     """Moments of one batch `[n, ...]`, two-pass."""
     mean = x.mean(axis=0)
     return Moments(
-        count=jnp.asarray(x.shape[0], x.dtype),
+        num_samples=jnp.asarray(x.shape[0], x.dtype),
         mean=mean,
         sum_squares=jnp.square(x - mean[None]).sum(axis=0),
     )
@@ -279,19 +278,19 @@ def moments(x: jax.Array) -> Moments:
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the union (Chan, Golub, LeVeque 1979): no difference of large squares."""
-    count = a.count + b.count
-    weight = b.count / count
+    num_samples = a.num_samples + b.num_samples
+    weight = b.num_samples / num_samples
     delta = b.mean - a.mean
     return Moments(
-        count=count,
+        num_samples=num_samples,
         mean=a.mean + delta * weight,
-        sum_squares=a.sum_squares + b.sum_squares + jnp.square(delta) * (a.count * weight),
+        sum_squares=a.sum_squares + b.sum_squares + jnp.square(delta) * (a.num_samples * weight),
     )
 
 
 def standard_deviation(m: Moments) -> jax.Array:
     """Per-element standard deviation with ddof=1, `[h, w, c]`."""
-    return jnp.sqrt(m.sum_squares / (m.count - 1))
+    return jnp.sqrt(m.sum_squares / (m.num_samples - 1))
 
 
 def standardize(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -340,28 +339,37 @@ class FittedFeatures:
     std: jax.Array | None
     channels: jax.Array | None
     config: FeatureConfig = struct.field(pytree_node=False)
-    input_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+    input_shape: tuple[int, ...] = struct.field(pytree_node=False)
 
 
 def _merge_batch(total: Moments | None, x: jax.Array, config: FeatureConfig) -> Moments:
-    batch = moments(extract(config, x))
+    features = extract(config, x)
+    batch = moments(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
     return batch if total is None else merge_moments(total, batch)
 
 
 _merge_batch_jit = jax.jit(_merge_batch, static_argnames="config")
 
 
-def _stream_moments(config, batches, input_shape, name) -> Moments:
+def _stream_moments(
+    config: FeatureConfig,
+    batches: Iterable[jax.Array],
+    name: str,
+    input_shape: tuple[int, ...] | None = None,
+) -> tuple[Moments, tuple[int, ...]]:
     total = None
     for x in batches:
+        input_shape = input_shape or tuple(x.shape[1:])
         _check_shape(x, input_shape)
         total = _merge_batch_jit(total, jnp.asarray(x), config)
-    if total is None or total.count < 2:
-        raise ValueError(f"features: statistics need at least two {name} samples.")
-    return total
+    if total is None or input_shape is None or total.num_samples < 2:
+        raise ValueError(f"features: got fewer than two {name} samples, expected a training set.")
+    if not jnp.isfinite(total.mean).all():
+        raise ValueError(f"features: NaN or infinity in the {name} samples; leave these out.")
+    return total, input_shape
 
 
-def _check_shape(x, input_shape) -> None:
+def _check_shape(x: jax.Array, input_shape: tuple[int, ...]) -> None:
     if x.shape[1:] != input_shape or x.shape[0] == 0:
         raise ValueError(
             f"features: got a batch {list(x.shape)}, expected samples of shape "
@@ -389,40 +397,31 @@ def fit(
       The fitted features.
 
     Raises:
-      ValueError: if real samples are needed and missing, samples differ in shape, or there are
-        fewer than two.
+      ValueError: if real samples are needed and missing, samples differ in shape or are not
+        finite, or there are fewer than two.
     """
     needs_real = config.standardize == "all" or config.num_channels is not None
     if needs_real and real is None:
         raise ValueError(
             f"features: standardize={config.standardize!r}, num_channels={config.num_channels} "
-            f"compare own with real samples, and real is None."
+            "compare own with real samples, and real is None."
         )
-    own = iter(own)
-    first = next(own, None)
-    if first is None:
-        raise ValueError("features: no own samples.")
-    input_shape = tuple(first.shape[1:])
-    mean = std = channels = None
-    if config.standardize != "none" or needs_real:
-        batches = itertools.chain([first], own)
-        own_moments = _stream_moments(config, batches, input_shape, "own")
-    if needs_real:
-        real_moments = _stream_moments(config, real, input_shape, "real")
-    if config.standardize != "none":
-        chosen = own_moments
+    own_moments, input_shape = _stream_moments(config, own, "own")
+    chosen = own_moments
+    if real is not None and needs_real:
+        real_moments, _ = _stream_moments(config, real, "real", input_shape)
         if config.standardize == "all":
             chosen = merge_moments(own_moments, real_moments)
-        mean, std = chosen.mean, standard_deviation(chosen)
+    mean, std, channels = chosen.mean, standard_deviation(chosen), None
     if config.num_channels is not None:
         # Standardisation is affine, so the mean of standardised features needs no second pass.
-        own_mean, real_mean = own_moments.mean, real_moments.mean
-        if mean is not None:
-            own_mean = standardize(own_mean[None], mean, std)[0]
-            real_mean = standardize(real_mean[None], mean, std)[0]
-        channels = select_channels(own_mean, real_mean, config.num_channels)
-        if mean is not None:
-            mean, std = mean[..., channels], std[..., channels]
+        means = jnp.stack([own_moments.mean, real_moments.mean])
+        if config.standardize != "none":
+            means = standardize(means, mean, std)
+        channels = select_channels(means[0], means[1], config.num_channels)
+        mean, std = mean[..., channels], std[..., channels]
+    if config.standardize == "none":
+        return FittedFeatures(None, None, channels, config=config, input_shape=input_shape)
     return FittedFeatures(mean, std, channels, config=config, input_shape=input_shape)
 
 
@@ -443,6 +442,6 @@ def prepare(fitted: FittedFeatures, x: jax.Array) -> jax.Array:
     features = extract(fitted.config, x)
     if fitted.channels is not None:
         features = jnp.take(features, fitted.channels, axis=-1)
-    if fitted.mean is None:
+    if fitted.mean is None or fitted.std is None:
         return features
     return standardize(features, fitted.mean, fitted.std).astype(x.dtype)

@@ -1,14 +1,14 @@
-"""Final-layer inversion (FLIPAD paper, section 4.2): the activation from which the last layer makes an image.
+"""Final-layer inversion (FLIPAD paper, section 4.2): from images to activations.
 
-A generator ends with x = sigma(A z + bias). For an image x, `targets` undoes sigma and the bias, and
-`invert` finds the activation z that is closest to the mean activation z_bar in the l1 sense:
+A generator ends with x = sigma(A z + bias). For an image x, `targets` undoes sigma and the bias,
+and `invert` finds the activation z that is closest to the mean activation z_bar in the l1 sense:
 
-    minimise over z   ||A z - o||^2 + lambda ||z - z_bar||_1,     o = sigma^{-1}(x) - bias      (eq. 5).
+    minimise  ||A z - o||^2 + lambda ||z - z_bar||_1  over z,   o = sigma^{-1}(x) - bias   (eq. 5).
 
 With z' = z - z_bar and o' = o - A z_bar that is an ordinary lasso (appendix B.1), and it has one
-solution (Theorem 4.5). The library writes it with a half, 1/2 ||A z' - o'||^2 + lam ||z'||_1, so its
-`lam` is HALF of the paper's lambda. The authors' published runs also used the half: lam = 5e-4 there
-is lam = 5e-4 here, and lambda = 1e-3 in the paper's notation.
+solution (Theorem 4.5). The library writes it with a half, 1/2 ||A z' - o'||^2 + lam ||z'||_1, so
+its `lam` is HALF of the paper's lambda. The authors' published runs also used the half: lam = 5e-4
+there is lam = 5e-4 here, and lambda = 1e-3 in the paper's notation.
 
 Images are `[n, h, w, c]`, uint8 or float32 in [-1, 1], x = u / 127.5 - 1. The last activations:
 
@@ -105,7 +105,7 @@ def targets(layer: FinalLayer, images: np.ndarray | jax.Array) -> jax.Array:
     else:
         # logit((x + 1) / 2) = 2 artanh(x), without forming (x + 1) / 2.
         o = jnp.arctanh(jnp.clip(x, -_CLIP, _CLIP)) * (1 if layer.activation == "tanh" else 2)
-    return o if layer.bias is None else o - _bias(layer)
+    return o if layer.bias is None else o - _bias(layer)[None]
 
 
 def invert(
@@ -123,12 +123,12 @@ def invert(
       images: `[n, h, w, c]`, uint8 or float32 in [-1, 1].
       z_bar: mean activation, `layer.operator.input_shape`, see `mean_activation`.
       lam: weight in 1/2 ||A z - o||^2 + lam ||z - z_bar||_1, half of the paper's lambda.
-      **solve_options: `method`, `tol`, `max_iters`, `lipschitz`, `chunk_size`, `z_init` (which starts
-        z - z_bar) and `progress` of `lasso.solve`.
+      **solve_options: `method`, `tol`, `max_iters`, `lipschitz`, `chunk_size`, `z_init` (which
+        starts z - z_bar) and `progress` of `lasso.solve`.
 
     Returns:
-      `(z [n, *input_shape], info)`: full activations, z_bar included; `info` says for each image how
-      far from optimal it is. Read it before using z.
+      `(z [n, *input_shape], info)`: full activations, z_bar included; `info` says for each image
+      how far from optimal it is. Read it before using z.
 
     Raises:
       ValueError: if images, z_bar or an option are wrong, before anything is solved.
@@ -137,8 +137,8 @@ def invert(
     z_bar = jnp.asarray(z_bar)
     if z_bar.shape != operator.input_shape or not jnp.issubdtype(z_bar.dtype, jnp.floating):
         raise ValueError(
-            f"z_bar has shape {z_bar.shape} and dtype {z_bar.dtype}, expected a floating array of the "
-            f"operator's input shape {operator.input_shape}"
+            f"z_bar has shape {z_bar.shape} and dtype {z_bar.dtype}, expected a floating array of "
+            f"the operator's input shape {operator.input_shape}"
         )
     z_bar = z_bar.astype(operator.dtype)
     if not bool(jnp.all(jnp.isfinite(z_bar))):
@@ -219,7 +219,8 @@ def _check_images(layer: FinalLayer, images: np.ndarray | jax.Array) -> jax.Arra
     if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
         hint = "; add a batch axis" if images.shape == shape else ""
         raise ValueError(
-            f"images have shape {images.shape}, the layer makes images of shape {('n', *shape)}{hint}"
+            f"images have shape {images.shape}, "
+            f"the layer makes images of shape {('n', *shape)}{hint}"
         )
     if images.dtype not in (np.uint8, np.float32):
         raise ValueError(f"images have dtype {images.dtype}, expected uint8 or float32 in [-1, 1]")

@@ -1,4 +1,6 @@
-"""FISTA for one image (Beck and Teboulle, SIAM J. Imaging Sciences 2, 2009), the solver of the FLIPAD paper.
+"""FISTA for one image (Beck and Teboulle, SIAM J. Imaging Sciences 2, 2009).
+
+The solver of the FLIPAD paper.
 
 Minimises 1/2 ||A z - o||^2 + lam ||z||_1 by the proximal gradient method with momentum: constant
 step, t_1 = 1, and
@@ -9,15 +11,18 @@ step, t_1 = 1, and
 
 Differences from the paper's own code:
 
-* The step is 1 / lipschitz instead of a number set by hand, and a larger one is refused: it diverges.
-* An image stops when the relative duality gap at z (never at the extrapolated y) is at most tol; not
-  when the batch moves little, which depends on the step and on the other images.
+* The step is 1 / lipschitz instead of a number set by hand, and a larger one is refused: it
+  diverges.
+* An image stops when the relative duality gap at z (never at the extrapolated y) is at most tol;
+  not when the batch moves little, which depends on the step and on the other images.
 * The start is z = 0, that is the mean activation once z_bar is added back, not twice that.
-* The momentum is restarted when the objective rises (`restart=False` is the algorithm as published).
+* The momentum is restarted when the objective rises (`restart=False` is the algorithm as
+  published).
 * A y is not computed but combined from A z and the previous A z, which are. A gap check then costs
   one adjoint product and no forward product.
 
-The functions act on one image and carry no decorator; `lasso.solve` is where they are vmapped and jitted.
+The functions act on one image and carry no decorator; `lasso.solve` is where they are vmapped and
+jitted.
 """
 
 from collections.abc import Callable
@@ -111,8 +116,8 @@ def fista(
         relative gap of 1e-2 and half of those to 1e-3. Only `run` does it: `update` never restarts.
 
     Returns:
-      `Fista(init, update, run)`. An image whose gap is not finite, because its target holds NaN, ends
-      at once and is reported unconverged.
+      `Fista(init, update, run)`. An image whose gap is not finite, because its target holds NaN,
+      ends at once and is reported unconverged.
 
     Raises:
       ValueError: if a number that is known while tracing is out of its range.
@@ -132,8 +137,8 @@ def fista(
     _check("step", step, lambda v: 0 < v < np.inf, "finite and positive")
     if _is_concrete(step) and _is_concrete(lipschitz) and step * lipschitz > 1 + 1e-5:
         raise ValueError(
-            f"step={float(step):.6g} is above 1 / lipschitz = {1 / float(lipschitz):.6g}, where FISTA "
-            "may diverge; leave it out or give a smaller one"
+            f"step={float(step):.6g} is above 1 / lipschitz = {1 / float(lipschitz):.6g}, where "
+            "FISTA may diverge; leave it out or give a smaller one"
         )
     # Nothing below may be wider than the operator, whatever jax_enable_x64 says.
     lam, step, tol = (jnp.asarray(v, op.dtype) for v in (lam, step, tol))
@@ -143,7 +148,7 @@ def fista(
             z, az = jnp.zeros(op.input_shape, op.dtype), jnp.zeros(op.output_shape, op.dtype)
         else:
             z, az = z_init, op.forward(z_init)
-        del o  # init(o) for symmetry with the other solvers: FISTA starts at the same point for any.
+        del o  # Other solvers look at it; FISTA starts at the same point for every target.
         return FistaState(
             z=z, y=z, az=az, ay=az, t=jnp.ones((), op.dtype), num_iters=jnp.zeros((), jnp.int32)
         )
@@ -176,8 +181,8 @@ def fista(
             return jnp.isfinite(relative) & ~reached
 
         def advance(carry, num_steps):
-            # The inner loop has a length that no image changes. Under vmap it therefore runs without
-            # selects, and only the outer loop freezes the images that are done.
+            # The inner loop has a length that no image changes. Under vmap it therefore runs
+            # without selects, and only the outer loop freezes the images that are done.
             state, _, _, value_before = carry
             state = lax.fori_loop(0, num_steps, lambda _, s: update(s, o), state)
             gap, relative, value = certify(state, o)

@@ -29,7 +29,8 @@ class LassoInfo(NamedTuple):
     """One entry per image.
 
     Attributes:
-      gap: `[n]` duality gap at z, in units of the objective (no 1/n); NaN where the target holds NaN.
+      gap: `[n]` duality gap at z, in units of the objective (no 1/n); NaN where the target holds
+        NaN.
       relative_gap: `[n]` gap / objective at z, in [0, 1].
       num_iters: `[n]` int32.
       converged: `[n]` bool, relative_gap <= tol. Look at it before using z.
@@ -62,8 +63,8 @@ def solve(
     Args:
       op: the operator A; everything is computed in its dtype.
       targets: `[n, *op.output_shape]`, floating; n may be 0.
-      lam: weight, finite and at least 0. Half of the FLIPAD paper's lambda. At 0 there is no certificate:
-        the relative gap stays at 1 until the residual is zero.
+      lam: weight, finite and at least 0. Half of the FLIPAD paper's lambda. At 0 there is no
+        certificate: the relative gap stays at 1 until the residual is zero.
       method: a name in `METHODS`.
       tol: relative duality gap to reach; 0 for exactly `max_iters` iterations on every image. For
         targets of 8-bit images and lam = 5e-4, float32 cannot tell gaps below about 5e-4, as the
@@ -147,7 +148,7 @@ def _write(z: jax.Array, chunk: jax.Array, start: jax.Array) -> jax.Array:
 def _padded(
     batch: np.ndarray | jax.Array, start: int, stop: int, size: int, dtype: jnp.dtype
 ) -> np.ndarray:
-    """Rows start to stop and zeros up to `size`: a zero target is solved before the first iteration."""
+    """Rows start to stop and zeros up to `size`; a zero target costs no iteration."""
     rows = np.zeros((size, *batch.shape[1:]), dtype)
     rows[: stop - start] = batch[start:stop]
     return rows
@@ -182,7 +183,8 @@ def _warn_unconverged(info: LassoInfo, tol: float) -> None:
     # With tol = 0 the caller asked for a number of iterations, not for a certificate.
     if tol > 0 and failed.size:
         logging.warning(
-            "lasso: %d of %d images did not reach a relative duality gap of %g (worst %g); first indices %s",
+            "lasso: %d of %d images did not reach a relative duality gap of %g "
+            "(worst %g); first indices %s",
             failed.size,
             info.converged.size,
             tol,

@@ -85,9 +85,9 @@ class ConvTranspose:
       input_shape: `(h, w, in)`.
       output_shape: `(H, W, out)`, `H = (h - 1) * strides[0] + kh - sum(padding[0])`.
       strides: one per axis.
-      padding: `((top, bottom), (left, right))` of the convolution whose adjoint this is, that is the
-        rows and columns cut from the full result. Output padding makes the second one smaller, even
-        negative.
+      padding: `((top, bottom), (left, right))` of the convolution whose adjoint this is, that is
+        the rows and columns cut from the full result. Output padding makes the second one smaller,
+        even negative.
     """
 
     kernel: jax.Array
@@ -217,17 +217,17 @@ def conv_transpose(
     """Build a transposed convolution.
 
     Args:
-      kernel: `[kh, kw, in, out]`, floating. `forward` is the adjoint of the convolution with the same
-        array, in and out exchanged; see the module docstring for PyTorch and Flax.
+      kernel: `[kh, kw, in, out]`, floating. `forward` is the adjoint of the convolution with the
+        same array, in and out exchanged; see the module docstring for PyTorch and Flax.
       input_shape: `(h, w, in)` of one sample.
       strides: int or `(rows, columns)`.
       padding: numbers are those of PyTorch, the padding of the convolution whose adjoint this is:
         `p`, `(rows, columns)` or `((top, bottom), (left, right))` are cut from the full result of
         size `(h - 1) * stride + kh`. "SAME" and "VALID" are those of `lax.conv_transpose` and
-        `flax.linen.ConvTranspose`: outputs of size `h * stride` and `h * stride + max(kh - stride, 0)`.
-        (Numbers mean something else there: the padding of the dilated input, `kh - 1 - p`.)
-      output_padding: int or `(rows, columns)` added at the bottom and right, smaller than the stride,
-        as in PyTorch; only with numeric padding.
+        `flax.linen.ConvTranspose`: outputs of size `h * stride` and `h * stride + max(kh - stride,
+        0)`. (Numbers mean something else there: the padding of the dilated input, `kh - 1 - p`.)
+      output_padding: int or `(rows, columns)` added at the bottom and right, smaller than the
+        stride, as in PyTorch; only with numeric padding.
 
     Returns:
       The operator, in the dtype of the kernel.
@@ -257,8 +257,7 @@ def conv_transpose(
                     f"output_padding={output_padding!r} must be smaller than strides={strides!r}"
                 )
         pads = tuple(
-            (low, high - e)
-            for (low, high), e in zip(_numeric_padding(padding), extra, strict=True)
+            (low, high - e) for (low, high), e in zip(_numeric_padding(padding), extra, strict=True)
         )
     output = tuple(
         (n - 1) * s + k - low - high
@@ -340,8 +339,8 @@ def dense(
     """Build a fully connected operator.
 
     Args:
-      matrix: `[in_size, out_size]`, floating, the layout of a Flax kernel: `forward(z) = z @ matrix`.
-        A PyTorch `Linear` weight is its transpose.
+      matrix: `[in_size, out_size]`, floating, the layout of a Flax kernel: `forward(z) = z @
+        matrix`. A PyTorch `Linear` weight is its transpose.
       input_shape: shape of one sample, `(in_size,)` by default; flattened in row-major order.
       output_shape: shape of one result, `(out_size,)` by default.
 
@@ -368,7 +367,7 @@ def dense(
 
 
 def squared_norm(op: LinearOperator, *, num_iters: int = 500) -> jax.Array:
-    """Upper bound on `||A||^2`, the largest eigenvalue of `A^T A`: the Lipschitz constant of a lasso.
+    """Upper bound on `||A||^2`, the Lipschitz constant of the smooth part of a lasso.
 
     Power iteration on the smaller of `A^T A` and `A A^T` from a fixed Gaussian start, then the
     Rayleigh quotient times a safety factor, as the quotient itself comes from below. With a start
@@ -431,7 +430,9 @@ def _materialise(op: LinearOperator) -> jax.Array:
     return lax.map(column, jnp.arange(size), batch_size=64).T
 
 
-def _strided(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads) -> jax.Array:
+def _strided(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads
+) -> jax.Array:
     """Correlate `x [H, W, wide]` with `kernel [kh, kw, wide, narrow]` at every stride."""
     return lax.conv_general_dilated(
         x[None],
@@ -443,7 +444,9 @@ def _strided(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding:
     )[0]
 
 
-def _dilated(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads) -> jax.Array:
+def _dilated(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: _Pads
+) -> jax.Array:
     """Adjoint of `_strided` with the same arguments: `x [h, w, narrow]` to `[H, W, wide]`."""
     full = tuple(
         (k - 1 - low, k - 1 - high)
@@ -542,7 +545,9 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{name} of shape {shape} must be laid out as {layout}, no axis empty")
     if not isinstance(weights, jax.Array):
-        weights = np.array(weights)  # a copy: the operator must not change when the caller's array does
+        weights = np.array(
+            weights
+        )  # a copy: the operator must not change when the caller's array does
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {weights.dtype}, expected a floating dtype")
     if not isinstance(weights, jax.core.Tracer) and not np.isfinite(weights).all():
@@ -553,9 +558,9 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
 def _check_channels(kernel: jax.Array, shape: tuple[int, int, int]) -> None:
     if kernel.shape[2] != shape[2]:
         raise ValueError(
-            f"kernel [kh, kw, in, out] of shape {kernel.shape} takes {kernel.shape[2]} channels, but "
-            f"input_shape={shape} has {shape[2]}; see the module docstring for the layouts of other "
-            "libraries"
+            f"kernel [kh, kw, in, out] of shape {kernel.shape} takes {kernel.shape[2]} channels, "
+            f"but input_shape={shape} has {shape[2]}; see the module docstring for the layouts of "
+            "other libraries"
         )
 
 

@@ -1,11 +1,12 @@
-"""The lasso: its proximal step, its objective, and the certificate that says how far a point is from optimal.
+"""The lasso: proximal step, objective, and a certificate of how far a point is from optimal.
 
 Everywhere in this library the objective is
 
     P(z) = 1/2 ||A z - o||^2 + lam ||z||_1,
 
-summed over all elements, without 1/n. The FLIPAD paper writes ||A z - o||^2 + lambda ||z - z_bar||_1
-(eq. 5), so its lambda is 2 lam; scikit-learn's `alpha` is lam / (number of elements of o).
+summed over all elements, without 1/n. The FLIPAD paper writes ||A z - o||^2 + lambda ||z -
+z_bar||_1 (eq. 5), so its lambda is 2 lam; scikit-learn's `alpha` is lam / (number of elements of
+o).
 
 The certificate is the duality gap. With the residual r = o - A z, the correlation g = A^T r and
 s = min(1, lam / ||g||_inf), the point s r is feasible for the dual problem, and P(z) minus the dual
@@ -33,12 +34,14 @@ __all__ = [
 
 
 def soft_threshold(v: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    """Proximal map of `threshold * ||.||_1`: shrink every element towards zero by `threshold >= 0`."""
+    """Proximal map of `threshold * ||.||_1`: shrink all towards zero by `threshold >= 0`."""
     # v minus its projection on the box: exact zeros, and no product of sign and size.
     return v - jnp.clip(v, -threshold, threshold)
 
 
-def objective(op: LinearOperator, z: jax.Array, o: jax.Array, *, lam: jax.Array | float) -> jax.Array:
+def objective(
+    op: LinearOperator, z: jax.Array, o: jax.Array, *, lam: jax.Array | float
+) -> jax.Array:
     """Lasso objective 1/2 ||A z - o||^2 + lam ||z||_1 of one sample.
 
     Args:
@@ -87,7 +90,8 @@ def certificate(
       `(gap, objective)`, scalars; see the module docstring.
     """
     largest = jnp.max(jnp.abs(correlation))
-    # The inner `where` keeps 0 / 0 out: at lam = 0 and g = 0 the scaled point is the residual itself.
+    # The inner `where` keeps 0 / 0 out: at lam = 0 and g = 0 the scaled point is the residual
+    # itself.
     scale = jnp.where(largest > lam, lam / jnp.where(largest > lam, largest, 1), 1)
     energy = 0.5 * jnp.sum(jnp.square(residual))
     # A z_i that is tiny beside its neighbours may leave -1 ulp here; a gap is never negative.

@@ -1,0 +1,464 @@
+"""The main job: attribute images to one small generator, with four detectors, and show the result.
+
+Our model is the first DCGAN of the zoo (32x32 handwritten digits). Four detectors learn what its
+images look like: one-class from own images alone; FLIPAD, RawPAD and DCTPAD (FLIPAD paper) from own
+and real images. They are then asked about images that nobody trained on: own ones, real ones, and
+those of rivals that differ from ours in little more than the seed. Nothing of a rival is ever used
+before the test.
+
+Writes a table, figures, report.html, the fitted attributor (WORKDIR/attributor) and the verdicts on
+a folder of PNG files. Two cores: about six minutes; --preset=smoke: seconds.
+
+    python run.py
+    python run.py --images=FOLDER      # verdicts on one's own folder of 32x32 images
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments._config import Run, setting
+from experiments._record import write_atomically
+from flipad_jax import data, metrics, report
+from flipad_jax.detection import attributor as attribution
+from flipad_jax.detection import calibration
+from flipad_jax.detection.attributor import AttributorConfig
+from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
+from flipad_jax.generators import sampling, training, zoo
+from flipad_jax.inversion.final_layer import invert
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the main job."""
+
+    seed: int = setting(0, "Seed of everything random.", lower_bound=0)
+    ours: str = setting("digits_dcgan_0", "Generator of the zoo that is ours; the others are rivals.")
+    retrain: bool = setting(False, "Train all generators anew by their recorded settings (hours).")
+    images: str = setting("", "Folder of images to judge; by default one is made from the test.")
+    fnr: float = setting(
+        0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
+    )
+    num_generated: int = setting(2000, "Own images to fit and calibrate on.", lower_bound=160)
+    num_real: int = setting(1500, "Real images that FLIPAD, RawPAD, DCTPAD learn.", lower_bound=8)
+    num_test: int = setting(500, "Test images of every source.", lower_bound=8)
+    num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
+    lam: float = setting(5e-4, "Lasso weight (half of the paper's lambda).", lower_bound=0.0)
+    tol: float = setting(
+        0.0, "Relative duality gap of every inversion; 0: all take max_iters.", lower_bound=0.0
+    )
+    max_iters: int = setting(30, "FISTA iterations (at most, if tol is not 0).", lower_bound=1)
+    epochs: int = setting(10, "Epochs of DeepSAD.", lower_bound=1)
+    activation_widths: tuple[int, ...] = setting((32, 64, 32), "FLIPAD's encoder.", lower_bound=1)
+    pixel_widths: tuple[int, ...] = setting(
+        (16, 32, 64), "RawPAD's and DCTPAD's encoder.", lower_bound=1
+    )
+
+
+PRESETS = {
+    "smoke": {
+        "num_generated": 400,
+        "num_real": 200,
+        "num_test": 60,
+        "num_mean": 500,
+        "epochs": 1,
+        "activation_widths": (8, 8, 8),
+        "pixel_widths": (8, 8, 8),
+    },
+    "demo": {},
+    "paper": {
+        "num_generated": 13_334,  # 10 000 to train on, a quarter of all to calibrate on
+        "num_real": 4000,  # all training images there are
+        "num_test": 500,
+        "tol": 1e-2,
+        "max_iters": 20_000,
+        "epochs": 50,
+        "activation_widths": ENCODER_WIDTHS["activations"],
+        "pixel_widths": ENCODER_WIDTHS["pixels"],
+    },
+}
+
+# detector -> (shown name, what it learns from)
+DETECTORS = {
+    "one_class": ("one-class", "own images"),
+    "flipad": ("FLIPAD", "own + real"),
+    "rawpad": ("RawPAD", "own + real"),
+    "dctpad": ("DCTPAD", "own + real"),
+}
+
+
+def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
+    inversion = {"lam": config.lam, "tol": config.tol, "max_iters": config.max_iters}
+    drop = (max(config.epochs // 2, 1),)  # the paper: after 25 of 50
+
+    def deepsad(kind, widths):
+        settings = DeepSADConfig(widths=widths, epochs=config.epochs, drop_epochs=drop)
+        return AttributorConfig(
+            detector="deepsad", features=kind, deepsad=settings, **inversion
+        )
+
+    return {
+        "one_class": AttributorConfig(**inversion),
+        "flipad": deepsad("activations", config.activation_widths),
+        "rawpad": deepsad("pixels", config.pixel_widths),
+        "dctpad": deepsad("dct", config.pixel_widths),
+    }
+
+
+def run(config: Config, record: Run) -> dict[str, Any]:
+    """Fit, test, draw, judge a folder; returns the metrics of results.json."""
+    names = zoo.names()
+    if config.ours not in names:
+        raise ValueError(f"--ours={config.ours} is not in the zoo: {', '.join(names)}")
+    # Everything that can be wrong with the user's folder is found before minutes are spent.
+    folder = None
+    if config.images:
+        folder = data.read_images(
+            config.images, image_shape=tuple(zoo.record(config.ours)["image_shape"])
+        )
+    generators = {
+        name: _retrained(name, config, record) if config.retrain else zoo.load(name)
+        for name in (config.ours, *(name for name in names if name != config.ours))
+    }
+    ours = generators[config.ours]
+    rng = jax.random.key(config.seed)
+    mean_rng, own_rng, rival_rng, fit_rng = jax.random.split(rng, 4)
+
+    z_bar = record.stage(
+        "mean_activation",
+        lambda: {"z_bar": sampling.mean_activation(ours, mean_rng, config.num_mean)},
+        text=f"mean activation over {config.num_mean} latents",
+    )["z_bar"]
+    layer = sampling.final_layer(ours)
+
+    # Own test images come after the training images in one stream: no image is in both.
+    generated = sampling.generate(ours, own_rng, config.num_generated)
+    own = sampling.generate(ours, own_rng, config.num_test, first=config.num_generated)
+    entry = zoo.record(config.ours)
+    load = functools.partial(
+        data.load, entry["dataset"], image_size=ours.image_shape[0], seed=entry["data_seed"]
+    )
+    real = load(split="train", num_images=config.num_real)
+    sources = {"real": load(split="test", num_images=config.num_test)}
+    for index, (name, generator) in enumerate(generators.items()):
+        if name != config.ours:
+            stream = jax.random.fold_in(rival_rng, index)
+            sources[name] = sampling.generate(generator, stream, config.num_test)
+
+    scores, found = {}, {}
+    for name, settings in _detector_configs(config).items():
+        shown, learns = DETECTORS[name]
+        stage = record.stage(
+            f"detector-{name}",
+            functools.partial(
+                _fit_and_score,
+                record,
+                layer,
+                z_bar,
+                generated,
+                real if settings.detector == "deepsad" else None,
+                {"own": own, **sources},
+                fit_rng,
+                settings,
+                record.workdir / ("attributor" if name == "one_class" else f"attributors/{name}"),
+                shown,
+            ),
+            text=f"{shown}: learn from {learns}, score {sum(map(len, sources.values())) + len(own)} test images",
+        )
+        threshold = calibration.threshold(stage["calibration"], config.fnr)
+        rivals = {source: stage[source] for source in sources}
+        scores[name] = (stage["own"], rivals, threshold)
+        found[name] = metrics.summary(stage["own"], rivals, threshold)
+        found[name]["seconds"] = record.seconds[f"detector-{name}"]
+        found[name]["fit_seconds"] = float(stage["fit_seconds"])
+        found[name]["num_calibration"] = len(stage["calibration"])
+
+    inversion = record.stage(
+        "average_activations",
+        lambda: _average_activations(layer, z_bar, config, {"own": own, **sources}),
+        text="average activation of every source",
+    )
+    gaps = {
+        source: {
+            "median": float(np.median(inversion[f"gap-{source}"])),
+            "largest": float(np.max(inversion[f"gap-{source}"])),
+        }
+        for source in ("own", *sources)
+    }
+
+    if folder is None:
+        _write_suspects(record.workdir / "suspects", {"own": own, **sources})
+        folder_path = record.workdir / "suspects"
+        folder = data.read_images(folder_path, image_shape=ours.image_shape)
+    judged = _judge_folder(record, folder, config.fnr)
+    figures = _figures(config, {"own": own, **sources}, z_bar, inversion, scores)
+    for name, figure in figures.items():
+        report.save_figure(figure, record.figures / f"{name}.png")
+    results = {**found, "inversion_relative_gap": gaps, "folder": judged}
+    _write_report(record, config, results, figures)
+    record.say(f"Report: {Path(record.shown) / 'report.html'}")
+    return results
+
+
+def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenerator:
+    """Train a generator of the zoo anew, by the settings that are recorded for it."""
+    entry = zoo.record(name)
+    path = record.workdir / "zoo" / f"{name}.safetensors"
+    if path.exists():
+        return zoo.load_file(path)
+    images = data.load(
+        entry["dataset"], split="train", image_size=entry["image_shape"][0], seed=entry["data_seed"]
+    )
+    gan = zoo.FAMILIES[entry["family"]](
+        tuple(entry["image_shape"]),
+        latent_dim=entry["latent_dim"],
+        features=tuple(entry["features"]),
+        discriminator_features=tuple(entry["discriminator_features"]),
+    )
+    with record.progress(entry["num_steps"], f"training {name}") as bar:
+        done = 0
+
+        def progress(step, losses):
+            nonlocal done
+            bar.update(step - done, generator=float(losses.generator[0]))
+            done = step
+
+        states = training.train(
+            gan,
+            images,
+            seeds=(entry["seed"],),
+            num_steps=entry["num_steps"],
+            batch_size=entry["batch_size"],
+            checkpoint_dir=str(record.checkpoints / name),
+            progress=progress,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    zoo.save_file(path, sampling.from_state(gan, training.take_seed(states, 0)), entry)
+    return zoo.load_file(path)
+
+
+def _fit_and_score(
+    record, layer, z_bar, generated, real, tests, rng, settings, path, shown
+) -> dict[str, np.ndarray]:
+    start = time.monotonic()
+    with record.parts(shown) as progress:
+        attributor = attribution.fit(
+            layer, z_bar, generated, real, rng=rng, config=settings, progress=progress
+        )
+        attribution.save(attributor, path)
+        # Scored by what was saved: what the numbers describe is what the user has.
+        attributor = attribution.load(path)
+        fit_seconds = time.monotonic() - start
+        scores = {
+            source: attribution.score_with_info(attributor, images, progress=progress).score
+            for source, images in tests.items()
+        }
+    return {
+        "calibration": attributor.calibration_scores,
+        "fit_seconds": np.asarray(fit_seconds),
+        **scores,
+    }
+
+
+def _average_activations(layer, z_bar, config, sources) -> dict[str, np.ndarray]:
+    found = {}
+    for source, images in sources.items():
+        z, info = invert(
+            layer,
+            images[:200],
+            jnp.asarray(z_bar),
+            lam=config.lam,
+            tol=config.tol,
+            max_iters=config.max_iters,
+        )
+        found[f"mean-{source}"] = np.asarray(z).mean(axis=0)
+        found[f"gap-{source}"] = np.asarray(info.relative_gap)
+    return found
+
+
+def _write_suspects(folder: Path, sources: dict[str, np.ndarray], count: int = 4) -> None:
+    """A folder as a user may have one: the last test images of every source as PNG files."""
+    for source, images in sources.items():
+        for path in data.write_images(folder / source, images[-count:]):
+            del path
+
+
+def _judge_folder(record: Run, folder: data.Folder, fnr: float) -> dict[str, Any]:
+    """Verdicts of the saved attributor on image files: WORKDIR/verdicts.csv, a row per file."""
+    attributor = attribution.load(record.workdir / "attributor")
+    found = attribution.verdicts(attributor, folder.images, fnr)
+    header = ["path", "score", "p_value", "threshold", "verdict", "reason"]
+    rows: list[list[Any]] = []
+    for i, path in enumerate(folder.paths):
+        reason = "" if found.verdict[i] != "cannot_judge" else "the inversion did not converge"
+        numbers = [float(found.score[i]), float(found.p_value[i]), found.threshold]
+        rows.append([path, *numbers, str(found.verdict[i]), reason])
+    rows += [[r.path, None, None, None, "cannot_judge", r.reason] for r in folder.rejected]
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_atomically(record.workdir / "verdicts.csv", text.getvalue())
+    return {"header": header, "rows": rows}
+
+
+def _figures(config, sources, z_bar, inversion, scores) -> dict[str, Any]:
+    rivals = [source for source in sources if source != "own"]
+    maps = {source: inversion[f"mean-{source}"] for source in sources}
+    # The two channels in which the sources' averages differ most from z_bar, and the most active one.
+    spread = np.mean([np.abs(maps[s] - maps["own"]).mean(axis=(0, 1)) for s in rivals], axis=0)
+    channels = np.argsort(-spread)[:3]
+    counts = {source: min(200, len(images)) for source, images in sources.items()}
+    figures = {
+        "samples": report.image_grid(sources),
+        "average_activations": report.average_activations(
+            {source: values[..., channels] for source, values in maps.items()},
+            z_bar[..., channels],
+            channels=[int(c) for c in channels],
+            counts=counts,
+        ),
+        "roc": report.roc_curves(
+            {DETECTORS[name][0]: (own, rival) for name, (own, rival, _) in scores.items()},
+            fnr=config.fnr,
+        ),
+    }
+    for name, (own, rival, threshold) in scores.items():
+        figures[f"scores_{name}"] = report.score_histograms(
+            own, rival, threshold, title=DETECTORS[name][0], fnr=config.fnr
+        )
+    return figures
+
+
+def _accuracy_table(results: dict[str, Any]) -> report.Table:
+    rivals = list(results["one_class"]["accuracy"])
+    header = ["detector", "learns from", "mean", *rivals, "AUC", "fnr", "95 % interval of fnr"]
+    rows = []
+    for name, (shown, learns) in DETECTORS.items():
+        found = results[name]
+        low, high = found["achieved_fnr_interval"]
+        rows.append(
+            [
+                shown,
+                learns,
+                found["mean_accuracy"],
+                *(found["accuracy"][rival] for rival in rivals),
+                found["mean_auc"],
+                found["achieved_fnr"],
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+            ]
+        )
+    percent = {column: ".1%" for column in ("mean", *rivals, "fnr")}
+    return report.Table(
+        header,
+        rows,
+        formats={**percent, "AUC": ".3f"},
+        best={column: "max" for column in ("mean", *rivals, "AUC")},
+    )
+
+
+def _verdict_table(judged: dict[str, Any], limit: int = 40) -> report.Table:
+    rows = [
+        [path, score, p_value, verdict if not reason else f"{verdict}: {reason}"]
+        for path, score, p_value, _, verdict, reason in judged["rows"][:limit]
+    ]
+    return report.Table(
+        ["file", "score", "p-value", "verdict"], rows, formats={"score": ".1f", "p-value": ".3f"}
+    )
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The two tables, as they are printed."""
+    table, verdicts = _accuracy_table(results), _verdict_table(results["folder"])
+    return "\n".join(
+        [
+            "",
+            "Accuracy per rival at one threshold (own accepted and rival rejected, averaged):",
+            "",
+            report.table_text(table.header, table.rows, formats=table.formats, best=table.best),
+            "",
+            "Verdicts of the saved one-class attributor on a folder of image files:",
+            "",
+            report.table_text(verdicts.header, verdicts.rows, formats=verdicts.formats),
+            "",
+        ]
+    )
+
+
+def _write_report(record, config, results, figures) -> None:
+    found = results["one_class"]
+    table = _accuracy_table(results)
+    gaps = results["inversion_relative_gap"]
+    if config.tol > 0:
+        treatment = f"solved to a relative duality gap of {config.tol:g}"
+    else:
+        low = min(gap["median"] for gap in gaps.values())
+        high = max(gap["median"] for gap in gaps.values())
+        treatment = (
+            f"inverted by exactly {config.max_iters} FISTA iterations, all alike; the certificate "
+            f"reached by then is loose (median relative duality gap {low:.2f} to {high:.2f} by "
+            "source)"
+        )
+    learned = (
+        f"Every detector was given {config.num_generated} own images, a quarter of which only set "
+        f"the threshold; FLIPAD, RawPAD and DCTPAD also {config.num_real} real ones. Each source "
+        f"is tested on {config.num_test} images that nothing was fitted on. Images are {treatment}."
+    )
+    widths = "-".join(map(str, config.activation_widths))
+    pixel_widths = "-".join(map(str, config.pixel_widths))
+    reduced = (
+        f"DeepSAD trained {config.epochs} epochs with encoders of widths {widths} (FLIPAD) and "
+        f"{pixel_widths} (RawPAD, DCTPAD). The paper: 50 epochs, 128-256-128 and 32-64-128, 10 000 "
+        "own and 10 000 real images."
+    )
+    table = dataclasses.replace(
+        table,
+        caption=f"Threshold: the {100 * (1 - config.fnr):g} % quantile of the scores of "
+        f"{found['num_calibration']} own images. The best possible accuracy at this rate is "
+        f"{100 * (1 - config.fnr / 2):g} %.",
+    )
+    histograms = [
+        report.Picture(figures[f"scores_{name}"], f"{shown}: scores of own and rival images.")
+        for name, (shown, _) in DETECTORS.items()
+    ]
+    sections = [
+        report.Section("Result", [table, learned, reduced]),
+        report.Section(
+            "What they were asked about",
+            [report.Picture(figures["samples"], "Test images, one source a row. Own: our model.")],
+        ),
+        report.Section(
+            "What inversion sees",
+            [
+                report.Picture(
+                    figures["average_activations"],
+                    "Average inverted activation per source, in the three channels that differ "
+                    "most between own and other images (compare FLIPAD paper, Figure 4).",
+                )
+            ],
+        ),
+        report.Section("Scores", histograms),
+        report.Section(
+            "Every threshold",
+            [report.Picture(figures["roc"], "Share of rival images rejected per own image lost.")],
+        ),
+        report.Section(
+            "A folder of image files",
+            [
+                "Judged by the attributor as it was saved. p-value: the share of own images that "
+                "score this high or higher.",
+                _verdict_table(results["folder"]),
+            ],
+        ),
+    ]
+    lead = (
+        f"Did this image come from our model, {config.ours}? Asked of {len(found['accuracy'])} "
+        f"other sources. The one-class detector, which has seen own images only, is right in "
+        f"{100 * found['mean_accuracy']:.1f} % of cases on average."
+    )
+    report.write_page(record.workdir / "report.html", "Image attribution", sections, lead=lead)

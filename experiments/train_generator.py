@@ -1,0 +1,127 @@
+"""Train a GAN, one seed or several at once, and save its generator as safetensors.
+
+Makes the generators of `flipad_jax/generators/zoo` (their commands are in its zoo.json) and those of
+one's own experiments. Recipes: FLIPAD paper, appendix E.1. A killed run goes on at its last
+checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`.
+
+    python run.py --experiment=train_generator --family=dcgan --dataset=digits --seeds=0,1,2
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments._config import Run, setting
+from flipad_jax import data, report
+from flipad_jax.generators import sampling, training, zoo
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a training run."""
+
+    family: str = setting("dcgan", "Architecture and recipe.", choices=tuple(sorted(zoo.FAMILIES)))
+    dataset: str = setting("digits", "digits, photos, or a folder of images; its training split.")
+    image_size: int = setting(32, "Side of the images.", lower_bound=8)
+    seeds: tuple[int, ...] = setting((0,), "One model is trained per seed.", lower_bound=0)
+    data_seed: int = setting(0, "Seed of the data split, the same for all models.", lower_bound=0)
+    latent_dim: int = setting(64, "Dimension of the latent.", lower_bound=1)
+    features: tuple[int, ...] = setting((), "Generator widths, 4x4 upwards; () for the paper's.")
+    discriminator_features: tuple[int, ...] = setting(
+        (), "Discriminator widths, from the image inwards; () for the paper's."
+    )
+    num_images: int = setting(0, "Training images; 0 for all there are.", lower_bound=0)
+    num_steps: int = setting(2500, "Generator updates.", lower_bound=1)
+    batch_size: int = setting(64, "Images per update.", lower_bound=2)
+    checkpoint_every: int = setting(250, "Generator updates between checkpoints.", lower_bound=1)
+
+
+PRESETS = {
+    "smoke": {
+        "features": (8, 8, 8),
+        "discriminator_features": (8, 8, 8),
+        "num_steps": 4,
+        "batch_size": 8,
+        "checkpoint_every": 2,
+    },
+    "demo": {"features": (128, 64, 64), "discriminator_features": (64, 64, 128)},
+    "paper": {"image_size": 64, "latent_dim": 100, "batch_size": 128, "num_steps": 50_000},
+}
+
+
+def run(config: Config, record: Run) -> dict[str, Any]:
+    """Train, save weights and samples; returns the files and the last losses per seed."""
+    images = data.load(
+        config.dataset,
+        split="train",
+        image_size=config.image_size,
+        num_images=config.num_images or None,
+        seed=config.data_seed,
+    )
+    gan = zoo.FAMILIES[config.family](
+        images.shape[1:],
+        latent_dim=config.latent_dim,
+        features=config.features or None,
+        discriminator_features=config.discriminator_features or None,
+    )
+    last: dict[str, list[float]] = {}
+    names = ", ".join(map(str, config.seeds))
+    with record.progress(config.num_steps, f"training {config.family}, seed {names}") as bar:
+        done = 0
+
+        def progress(step, losses):
+            nonlocal done
+            means = {name: float(np.mean(value)) for name, value in losses._asdict().items()}
+            bar.update(step - done, **means)
+            done = step
+            last.update({name: value.tolist() for name, value in losses._asdict().items()})
+            record.log_metrics(step=step, **last)
+
+        states = training.train(
+            gan,
+            images,
+            seeds=config.seeds,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            checkpoint_dir=str(record.checkpoints),
+            checkpoint_every=config.checkpoint_every,
+            progress=progress,
+        )
+    files: dict[str, Any] = {}
+    samples = {"training images": images}
+    for index, seed in enumerate(config.seeds):
+        generator = sampling.from_state(gan, training.take_seed(states, index))
+        entry = {
+            "family": config.family,
+            "image_shape": list(gan.image_shape),
+            "latent_dim": config.latent_dim,
+            "features": list(gan.generator.features),
+            "seed": seed,
+            "dataset": config.dataset,
+            "data_seed": config.data_seed,
+            "num_steps": config.num_steps,
+            "batch_size": config.batch_size,
+            "discriminator_features": list(gan.discriminator.features),
+        }
+        name = f"{seed}.safetensors"
+        entry["sha256"] = zoo.save_file(record.workdir / name, generator, entry)
+        files[name] = entry
+        # Samples of the file, not of the state: its weights are rounded to float16.
+        saved = zoo.load_file(record.workdir / name)
+        samples[f"seed {seed}"] = sampling.generate(saved, jax.random.key(0), 24)
+    report.save_figure(
+        report.image_grid(samples, num_columns=24), record.figures / "samples.png"
+    )
+    return {"files": files, "last_losses": last}
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The files that were written."""
+    rows = [
+        [name, entry["family"], entry["seed"], entry["num_steps"], entry["sha256"][:12]]
+        for name, entry in metrics["files"].items()
+    ]
+    header = ["file", "family", "seed", "steps", "sha256"]
+    return report.table_text(header, rows)

@@ -1,0 +1,193 @@
+"""The attributor as a user has it: fit, score, verdicts, save, load."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flipad_jax
+from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics
+from flipad_jax.detection import attributor as attribution
+from flipad_jax.detection import calibration
+from flipad_jax.detection.deepsad import DeepSADConfig
+from flipad_jax.detection.one_class import OneClassConfig
+from flipad_jax.inversion.final_layer import forward
+
+QUICK = {
+    "tol": 0.0,
+    "max_iters": 15,
+    "one_class": OneClassConfig(num_components=20, batch_size=64),
+    "deepsad": DeepSADConfig(widths=(4, 4), rep_dim=8, epochs=2, batch_size=32),
+}
+CHANNELS = 5
+
+
+def make_layer(bias=None):
+    kernel = np.random.default_rng(0).standard_normal((4, 4, CHANNELS, 3)).astype(np.float32)
+    operator = linops.conv_transpose(0.15 * kernel, (8, 8, CHANNELS), strides=2, padding=1)
+    return FinalLayer(operator, None if bias is None else jnp.asarray(bias, jnp.float32))
+
+
+LAYER = make_layer()
+
+
+def model_images(seed, num, model_seed=0, layer=LAYER):
+    """Images of a toy generator: non-negative activations around those of a few latent factors."""
+    mixing = np.random.default_rng(model_seed).standard_normal((6, 8, 8, CHANNELS))
+    latents = np.random.default_rng(seed).standard_normal((num, 6))
+    z = np.maximum(np.einsum("nk,khwc->nhwc", latents, mixing) * 0.5, 0).astype(np.float32)
+    return data.to_uint8(np.asarray(jax.vmap(lambda v: forward(layer, v))(z))), z
+
+
+OWN, ACTIVATIONS = model_images(1, 400)
+Z_BAR = ACTIVATIONS.mean(axis=0)
+REAL = data.load("photos", split="train", image_size=16, num_images=200)
+
+
+def fit(detector="one_class", features="activations", layer=LAYER, real=REAL, **options):
+    config = AttributorConfig(detector=detector, features=features, **{**QUICK, **options})
+    real = None if detector == "one_class" else real
+    return flipad_jax.fit(layer, Z_BAR, OWN, real, rng=jax.random.key(0), config=config)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit()
+
+
+def test_own_images_are_accepted_and_others_are_not(fitted):
+    own, _ = model_images(2, 200)
+    found = flipad_jax.verdicts(fitted, own, fnr=0.05)
+    assert found.accepted.mean() > 0.85 and set(found.verdict) <= {"ours", "not_ours"}
+    # The same last layer, another body: what the activations are like is all that differs.
+    for rival in (REAL[:100], model_images(3, 100, model_seed=5)[0]):
+        assert metrics.auc(found.score, flipad_jax.score(fitted, rival)) > 0.95
+
+
+def test_scores_p_values_threshold_and_verdict_agree(fitted):
+    images = np.concatenate([OWN[:30], REAL[:30]])
+    assert len(fitted.calibration_scores) == 100
+    for fnr in (0.0, 0.05, 0.3):
+        found = flipad_jax.verdicts(fitted, images, fnr=fnr)
+        np.testing.assert_array_equal(found.score, flipad_jax.score(fitted, images))
+        assert found.threshold == np.quantile(fitted.calibration_scores, 1 - fnr)
+        np.testing.assert_array_equal(found.accepted, found.score <= found.threshold)
+        np.testing.assert_array_equal(found.verdict == "ours", found.accepted)
+        expected = calibration.conformal_p_values(fitted.calibration_scores, found.score)
+        np.testing.assert_array_equal(found.p_value, expected)
+
+
+def test_calibration_images_fit_nothing(monkeypatch):
+    seen = []
+    original = attribution.one_class.fit
+    monkeypatch.setattr(
+        attribution.one_class,
+        "fit",
+        lambda own, reference, config: seen.append((own, reference)) or original(own, reference, config),
+    )
+    fitted = fit()
+    own, reference = seen[0]
+    assert (len(own), len(reference)) == (200, 100)
+    z, _ = flipad_jax.invert(LAYER, OWN, Z_BAR, tol=0.0, max_iters=15)
+    every = np.asarray(z) - Z_BAR[None]
+    rows = {row.tobytes(): i for i, row in enumerate(np.round(every, 3).reshape(400, -1))}
+    used = [rows[row.tobytes()] for part in (own, reference) for row in np.round(part, 3).reshape(len(part), -1)]
+    assert len(set(used)) == 300
+    rest = np.setdiff1d(np.arange(400), used)
+    np.testing.assert_allclose(
+        np.sort(flipad_jax.score(fitted, OWN[rest])), fitted.calibration_scores, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("features", ["activations", "pixels", "dct"])
+def test_deepsad_on_every_kind_of_features(features, tmp_path):
+    fitted = fit("deepsad", features)
+    scores = flipad_jax.score(fitted, OWN[:10])
+    assert np.isfinite(scores).all()
+    flipad_jax.save(fitted, tmp_path / "a")
+    np.testing.assert_array_equal(flipad_jax.score(flipad_jax.load(tmp_path / "a"), OWN[:10]), scores)
+
+
+@pytest.mark.parametrize("bias", [None, (0.1, -0.2, 0.3)])
+def test_a_saved_attributor_comes_back(bias, tmp_path):
+    fitted = fit(layer=make_layer(bias))
+    flipad_jax.save(fitted, tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "attributor.json",
+        "attributor.safetensors",
+    ]
+    loaded = flipad_jax.load(tmp_path / "a")
+    assert loaded.config == fitted.config and loaded.image_shape == (16, 16, 3)
+    images = np.concatenate([OWN[:5], REAL[:5]])
+    for a, b in zip(flipad_jax.verdicts(loaded, images), flipad_jax.verdicts(fitted, images)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_bundle_is_refused(fitted, tmp_path):
+    flipad_jax.save(fitted, tmp_path)
+    arrays, settings = tmp_path / "attributor.safetensors", tmp_path / "attributor.json"
+    content, text = arrays.read_bytes(), settings.read_text()
+    arrays.write_bytes(content[:-8] + b"\0" * 8)
+    with pytest.raises(ValueError, match="not the file that"):
+        flipad_jax.load(tmp_path)
+    arrays.write_bytes(content)
+    settings.write_text(text[:50])
+    with pytest.raises(ValueError):
+        flipad_jax.load(tmp_path)
+    newer = {**json.loads(text), "format": 99}
+    settings.write_text(json.dumps(newer))
+    with pytest.raises(ValueError, match="update flipad_jax"):
+        flipad_jax.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        flipad_jax.load(tmp_path / "nothing")
+
+
+def test_an_inversion_without_certificate_is_no_verdict(fitted):
+    import dataclasses
+
+    strict = dataclasses.replace(fitted, config=dataclasses.replace(fitted.config, tol=1e-9, max_iters=3))
+    found = flipad_jax.verdicts(strict, REAL[:4])
+    assert set(found.verdict) == {"cannot_judge"} and not found.accepted.any()
+    assert np.isnan(found.p_value).all() and not found.converged.any()
+    with pytest.raises(ValueError, match="did not reach tol"):
+        fit(tol=1e-9, max_iters=3)
+
+
+def test_no_images_no_verdicts(fitted):
+    assert flipad_jax.verdicts(fitted, OWN[:0]).verdict.shape == (0,)
+
+
+def test_the_same_seed_gives_the_same_attributor(fitted):
+    np.testing.assert_array_equal(fit().calibration_scores, fitted.calibration_scores)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (OWN[0], "shape"),
+        (OWN[:, :8], "shape"),
+        (OWN.astype(np.int32), "int32"),
+        (np.full((2, 16, 16, 3), np.nan, np.float32), "NaN"),
+        (OWN.astype(np.float32), r"\[-1, 1\]"),
+    ],
+)
+def test_images_that_cannot_be_judged(fitted, images, message):
+    with pytest.raises(ValueError, match=message):
+        flipad_jax.verdicts(fitted, images)
+
+
+def test_wrong_calls_are_refused():
+    call = lambda *args, **config: flipad_jax.fit(  # noqa: E731
+        LAYER, Z_BAR, *args, rng=jax.random.key(0), config=AttributorConfig(**config)
+    )
+    with pytest.raises(ValueError, match="needs real images"):
+        call(OWN, detector="deepsad")
+    with pytest.raises(ValueError, match="own images alone"):
+        call(OWN, REAL)
+    with pytest.raises(ValueError, match="199"):
+        call(OWN[:60])
+    for config in ({"detector": "none"}, {"features": "pixels"}, {"calibration_share": 0.6}):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            AttributorConfig(**config)
