@@ -159,7 +159,7 @@ def check_images(images: Any, *, shape: tuple[int, int, int] | None = None) -> A
             hint = "; add the batch axis of one image with images[None], or the channel axis of "
             hint += "grey images with images[..., None]"
         raise ValueError(f"images must be [n, h, w, c], got shape {tuple(images.shape)}{hint}")
-    if 0 in images.shape:
+    if 0 in images.shape[1:]:
         raise ValueError(f"images of shape {tuple(images.shape)} hold no pixel")
     if shape is not None and tuple(images.shape[1:]) != tuple(shape):
         h, w, c = shape

@@ -75,19 +75,22 @@ def pair_accuracy(own_scores: ArrayLike, rival_scores: ArrayLike, threshold: flo
     return (accepted + rejected) / 2
 
 
-def _ranked(own_scores: ArrayLike, rival_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Scores in which an undecided image ranks worst for us."""
+def _labelled(own_scores: ArrayLike, rival_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (rival = 1) and finite scores for scikit-learn; an undecided image ranks worst for us."""
     own, rival = _scores(own_scores, "own"), _scores(rival_scores, "rival")
-    return (
-        np.where(np.isfinite(own), own, np.inf),
-        np.where(np.isfinite(rival), rival, -np.inf),
-    )
+    scores = np.concatenate([own, rival])
+    labels = np.repeat([0, 1], [own.size, rival.size])
+    finite = np.isfinite(scores)
+    low, high = (scores[finite].min(), scores[finite].max()) if finite.any() else (0.0, 0.0)
+    # Beyond every finite score, also where adding 1 would be lost to rounding.
+    worst = np.where(labels == 0, np.nextafter(high + 1, np.inf), np.nextafter(low - 1, -np.inf))
+    return labels, np.where(finite, scores, worst)
 
 
 def auc(own_scores: ArrayLike, rival_scores: ArrayLike) -> float:
     """P(a rival's score is above an own score), ties counted half: the area under `roc`.
 
-    The same as scikit-learn's `roc_auc_score` with rivals as the positive class.
+    scikit-learn's `roc_auc_score` with rivals as the positive class.
 
     Args:
       own_scores: `[n]` scores of own test images.
@@ -99,11 +102,9 @@ def auc(own_scores: ArrayLike, rival_scores: ArrayLike) -> float:
     Raises:
       ValueError: for empty scores.
     """
-    own, rival = _ranked(own_scores, rival_scores)
-    own = np.sort(own)
-    below = np.searchsorted(own, rival, side="left")
-    not_above = np.searchsorted(own, rival, side="right")
-    return float((below + not_above).sum() / (2 * own.size * rival.size))
+    from sklearn.metrics import roc_auc_score  # slow to import, needed here only
+
+    return float(roc_auc_score(*_labelled(own_scores, rival_scores)))
 
 
 class RocCurve(NamedTuple):
@@ -117,8 +118,8 @@ class RocCurve(NamedTuple):
 def roc(own_scores: ArrayLike, rival_scores: ArrayLike) -> RocCurve:
     """Receiver operating characteristic, from (0, 0) to (1, 1).
 
-    It ends lower, at the share of decided ones, if rival images are undecided, and has a first step
-    to the right at -inf if own ones are: the area is `auc` in every case.
+    Undecided own images are rejected first and undecided rival images last: the area below is `auc`
+    in every case.
 
     Args:
       own_scores: `[n]` scores of own test images.
@@ -127,16 +128,21 @@ def roc(own_scores: ArrayLike, rival_scores: ArrayLike) -> RocCurve:
     Raises:
       ValueError: for empty scores.
     """
-    own, rival = _ranked(own_scores, rival_scores)
-    finite = np.unique(np.concatenate([own, rival]))
-    finite = finite[np.isfinite(finite)][::-1]
-    thresholds = np.concatenate([[np.inf], finite, [-np.inf]])
+    from sklearn.metrics import roc_curve
 
-    def rejected(scores):
-        scores = np.sort(scores)
-        return 1 - np.searchsorted(scores, thresholds, side="right") / scores.size
-
-    return RocCurve(rejected(own), rejected(rival), thresholds)
+    labels, scores = _labelled(own_scores, rival_scores)
+    own_rejected, rival_rejected, at_least = roc_curve(labels, scores, drop_intermediate=False)
+    # scikit-learn rejects at or above its thresholds (from +inf), this library strictly above: what
+    # is rejected above one value is what is rejected from the next higher one on.
+    finite = np.concatenate([_scores(own_scores, "own"), _scores(rival_scores, "rival")])
+    finite = finite[np.isfinite(finite)]
+    thresholds = np.concatenate([at_least, [-np.inf]])
+    if finite.size:  # Places that undecided images were given are no thresholds.
+        thresholds[thresholds > finite.max()] = np.inf
+        thresholds[thresholds < finite.min()] = -np.inf
+    return RocCurve(
+        np.concatenate([[0.0], own_rejected]), np.concatenate([[0.0], rival_rejected]), thresholds
+    )
 
 
 def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from typing import (
 
 import numpy as np
 
-from flipad_jax import data
+from flipad_jax import data, metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -379,7 +379,8 @@ def roc_curves(
                 own = owns[detector][0]
                 area, colour = "\u2013", (_OWN, *_COLOURS)[i % 7]
                 if len(own) and len(rival):
-                    own_rate, rival_rate, value = _roc(own, rival)
+                    curve, value = metrics.roc(own, rival), metrics.auc(own, rival)
+                    own_rate, rival_rate = curve.own_rejected, curve.rival_rejected
                     area = _short(value)
                     (handles[detector],) = axes.step(
                         np.maximum(own_rate, first),
@@ -610,19 +611,6 @@ def _bin_edges(values: np.ndarray, num_bins: int) -> np.ndarray:
 def _shares(scores: np.ndarray, edges: np.ndarray, scale: _Scale) -> np.ndarray:
     values = scale.forward(scores[np.isfinite(scores)])
     return np.histogram(values, edges)[0] / max(len(scores), 1)
-
-
-def _roc(own: np.ndarray, rival: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Shares of own and of rival images above each threshold, from (0, 0) to (1, 1), and area.
-
-    Equal scores fall together, so the area counts ties as one half (Mann-Whitney).
-    """
-    thresholds = np.unique(np.concatenate([own, rival]))[::-1]
-    own_rate = 1 - np.searchsorted(np.sort(own), thresholds, "left") / len(own)
-    rival_rate = 1 - np.searchsorted(np.sort(rival), thresholds, "left") / len(rival)
-    own_rate, rival_rate = np.append(0.0, own_rate), np.append(0.0, rival_rate)
-    area = float(np.sum(np.diff(own_rate) * (rival_rate[1:] + rival_rate[:-1]) / 2))
-    return own_rate, rival_rate, area
 
 
 def _wrapped(name: str, width: int) -> str:

@@ -1,5 +1,6 @@
 """The attributor as a user has it: fit, score, verdicts, save, load."""
 
+import dataclasses
 import json
 
 import jax
@@ -145,8 +146,6 @@ def test_a_damaged_bundle_is_refused(fitted, tmp_path):
 
 
 def test_an_inversion_without_certificate_is_no_verdict(fitted):
-    import dataclasses
-
     strict = dataclasses.replace(fitted, config=dataclasses.replace(fitted.config, tol=1e-9, max_iters=3))
     found = flipad_jax.verdicts(strict, REAL[:4])
     assert set(found.verdict) == {"cannot_judge"} and not found.accepted.any()
@@ -188,6 +187,12 @@ def test_wrong_calls_are_refused():
         call(OWN, REAL)
     with pytest.raises(ValueError, match="199"):
         call(OWN[:60])
-    for config in ({"detector": "none"}, {"features": "pixels"}, {"calibration_share": 0.6}):
-        with pytest.raises(ValueError, match=next(iter(config))):
+    for config, message in (
+        ({"detector": "none"}, "detector"),
+        ({"features": "pixels"}, "reads activations"),
+        ({"detector": "deepsad", "features": "audio"}, "features"),
+        ({"calibration_share": 0.6}, "calibration_share"),
+        ({"tol": float("nan")}, "tol"),
+    ):
+        with pytest.raises(ValueError, match=message):
             AttributorConfig(**config)

@@ -96,7 +96,7 @@ def test_check_images_hands_good_batches_back(dtype, asarray):
     [
         (np.zeros((4, 4), np.uint8), r"\[n, h, w, c\].*\(4, 4\)"),
         (np.zeros((2, 4, 4), np.uint8), r"images\[None\]"),
-        (np.zeros((0, 4, 4, 1), np.uint8), "no pixel"),
+        (np.zeros((2, 0, 4, 1), np.uint8), "no pixel"),
         (np.zeros((1, 4, 4, 1), np.int64), "int64.*uint8"),
         (np.zeros((1, 4, 4, 1), np.float16), "float16.*float32"),
         (np.zeros((1, 4, 4, 1), np.complex64), "complex64"),

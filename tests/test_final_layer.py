@@ -60,6 +60,18 @@ def test_float_images_and_uint8_images_are_the_same():
     )
 
 
+@pytest.mark.parametrize("activation, factor", [("tanh", 1), ("sigmoid", 2)])
+def test_float32_targets_keep_their_digits_at_the_clip(activation, factor):
+    # Far below lam = 5e-4: an error of 1e-4 in the target makes a certificate of 1e-2 worthless.
+    layer, images = identity_layer(activation), every_grey_level()
+    exact = factor * np.arctanh(np.clip(images.astype(np.float64) / 127.5 - 1, -0.9999, 0.9999))
+    np.testing.assert_allclose(final_layer.targets(layer, images), exact, rtol=2e-7, atol=1e-7)
+    extremes = np.array([-1, 1, 1 + 5e-7, 0.99995], np.float32).reshape(-1, 1, 1, 1)
+    o = final_layer.targets(layer, np.broadcast_to(extremes, (4, 2, 2, 3)))
+    limit = factor * np.arctanh(0.9999) * np.array([-1, 1, 1, 1])
+    np.testing.assert_allclose(o[:, 0, 0, 0], limit, rtol=2e-7)
+
+
 def test_forward_makes_the_image():
     op, matrix = small_layer()
     z = np.random.default_rng(0).standard_normal(op.input_shape)

@@ -1,5 +1,7 @@
 """FISTA for one image: the algorithm as published, its stopping rule, its refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,21 @@ from flipad_jax.inversion.fista import fista
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
 LAM = 0.05
+
+
+@functools.partial(jax.jit, static_argnames=("gap_every", "restart"))
+def solve(op, o, lipschitz, tol, max_iters=10_000, z_init=None, *, gap_every=10, restart=True):
+    """One compilation for all tests that differ in numbers only."""
+    solver = fista(
+        op,
+        lam=LAM,
+        lipschitz=lipschitz,
+        tol=tol,
+        max_iters=max_iters,
+        gap_every=gap_every,
+        restart=restart,
+    )
+    return solver.run(o, z_init)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +94,7 @@ def test_init_and_update_make_the_same_state(problem):
 def test_stops_on_the_relative_gap_at_z(problem, restart):
     op, matrix, o, lipschitz = problem
     for tol in (1e-1, 1e-3, 1e-4):
-        z, info = jax.jit(
-            fista(op, lam=LAM, lipschitz=lipschitz, tol=tol, gap_every=7, restart=restart).run
-        )(o)
+        z, info = solve(op, o, lipschitz, tol, gap_every=7, restart=restart)
         residual = np.ravel(o) - matrix @ np.ravel(z)
         value = 0.5 * residual @ residual + LAM * np.sum(np.abs(z))
         exact = lasso_gap(matrix, z, o, LAM)
@@ -89,18 +104,17 @@ def test_stops_on_the_relative_gap_at_z(problem, restart):
         assert info.num_iters % 7 == 0
         if tol == 1e-3:
             # Not later than needed: one check earlier the certificate was not there.
-            earlier = fista(
-                op, lam=LAM, lipschitz=lipschitz, gap_every=7, tol=0, restart=restart,
-                max_iters=info.num_iters - 7,
-            ).run(o)[1]  # fmt: skip
+            earlier = solve(
+                op, o, lipschitz, 0.0, info.num_iters - 7, gap_every=7, restart=restart
+            )[1]
             assert earlier.relative_gap > tol
 
 
 def test_restart_saves_iterations(problem):
     op, _, o, lipschitz = problem
     counts = [
-        int(fista(op, lam=LAM, lipschitz=lipschitz, tol=1e-4, restart=r).run(o)[1].num_iters)
-        for r in (True, False)
+        int(solve(op, o, lipschitz, 1e-4, gap_every=7, restart=restart)[1].num_iters)
+        for restart in (True, False)
     ]
     assert counts[0] < 0.8 * counts[1]
 
@@ -108,15 +122,7 @@ def test_restart_saves_iterations(problem):
 @pytest.mark.parametrize("max_iters, gap_every", [(0, 10), (3, 10), (10, 10), (25, 10), (9, 1)])
 def test_runs_exactly_max_iters(problem, max_iters, gap_every):
     op, matrix, o, lipschitz = problem
-    z, info = fista(
-        op,
-        lam=LAM,
-        lipschitz=lipschitz,
-        tol=0,
-        max_iters=max_iters,
-        gap_every=gap_every,
-        restart=False,
-    ).run(o)
+    z, info = solve(op, o, lipschitz, 0.0, max_iters, gap_every=gap_every, restart=False)
     assert info.num_iters == max_iters and not info.converged
     expected = published(matrix, o, LAM, lipschitz, max_iters)
     np.testing.assert_allclose(np.ravel(z), expected, rtol=0, atol=1e-12)
@@ -125,19 +131,17 @@ def test_runs_exactly_max_iters(problem, max_iters, gap_every):
 
 def test_zero_tolerance_never_stops_early():
     # The target 0 is solved at the start, with a gap of exactly 0.
-    op = linops.dense(np.eye(3))
-    o = jnp.zeros(3)
-    _, info = fista(op, lam=LAM, lipschitz=10.0, tol=0, max_iters=12).run(o)
+    op, o = linops.dense(np.eye(3)), jnp.zeros(3)
+    _, info = solve(op, o, 10.0, 0.0, 12)
     assert info.num_iters == 12 and info.converged
-    _, info = fista(op, lam=LAM, lipschitz=10.0, tol=1e-9, max_iters=12).run(o)
+    _, info = solve(op, o, 10.0, 1e-9, 12)
     assert info.num_iters == 0 and info.converged and info.relative_gap == 0
 
 
 def test_starting_at_the_solution_takes_no_iterations(problem):
     op, _, o, lipschitz = problem
-    run = fista(op, lam=LAM, lipschitz=lipschitz, tol=1e-6).run
-    z, info = run(o)
-    again, warm = run(o, z)
+    z, info = solve(op, o, lipschitz, 1e-4)
+    again, warm = solve(op, o, lipschitz, 1e-4, z_init=z)
     assert info.num_iters > 0 and warm.num_iters == 0 and warm.converged
     np.testing.assert_array_equal(z, again)
 
@@ -145,7 +149,7 @@ def test_starting_at_the_solution_takes_no_iterations(problem):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_target_that_is_not_finite_ends_at_once(problem, bad):
     op, _, o, lipschitz = problem
-    _, info = fista(op, lam=LAM, lipschitz=lipschitz, tol=0).run(o.at[0, 0, 0].set(bad))
+    _, info = solve(op, o.at[0, 0, 0].set(bad), lipschitz, 0.0)
     assert info.num_iters == 0 and not info.converged and np.isnan(info.relative_gap)
 
 
@@ -156,7 +160,7 @@ def test_a_step_above_one_over_lipschitz_is_refused_because_it_diverges(problem)
     _, info = fista(op, lam=LAM, lipschitz=lipschitz, step=1 / lipschitz, max_iters=10).run(o)
     assert np.isfinite(info.gap)
     # What the refusal saves from: an underestimated constant has the same effect.
-    _, info = fista(op, lam=LAM, lipschitz=lipschitz / 3, tol=0, max_iters=2000).run(o)
+    _, info = solve(op, o, lipschitz / 3, 0.0, 2000)
     assert not info.converged and not info.relative_gap < 0.9
 
 

@@ -109,11 +109,10 @@ def _mahalanobis(gaussian: Gaussian, x: jax.Array) -> jax.Array:
 def _statistics_of_one(model: OneClass, z: jax.Array) -> jax.Array:
     centred = z.ravel() - model.mean
     inside = jnp.dot(centred, model.directions, precision=lax.Precision.HIGHEST)
-    total = jnp.sum(centred**2)
-    # Orthonormal directions: what is outside is the difference; rounding must not make it negative.
-    residual = jnp.maximum(total - jnp.sum(inside**2), 0) / jnp.maximum(
-        total, jnp.finfo(z.dtype).tiny
-    )
+    # What is outside is formed before it is squared: the difference of two squared norms would
+    # cancel where the directions explain nearly all.
+    outside = centred - jnp.dot(model.directions, inside, precision=lax.Precision.HIGHEST)
+    residual = jnp.sum(outside**2) / jnp.maximum(jnp.sum(centred**2), jnp.finfo(z.dtype).tiny)
     return jnp.stack(
         [
             residual,

@@ -96,15 +96,22 @@ def targets(layer: FinalLayer, images: np.ndarray | jax.Array) -> jax.Array:
       ValueError: if the images have another shape or dtype, or hold NaN or values outside [-1, 1];
         the message names the images by index.
     """
-    x = _check_images(layer, images)
-    if x.dtype == jnp.uint8:
-        x = x.astype(layer.operator.dtype) / 127.5 - 1
-    x = jnp.asarray(x, layer.operator.dtype)
-    if layer.activation == "identity":
-        o = x
+    images, dtype = _check_images(layer, images), layer.operator.dtype
+    # logit((x + 1) / 2) = 2 artanh(x), so the two activations differ by a factor.
+    factor = {"tanh": 1, "sigmoid": 2, "identity": None}[layer.activation]
+    if images.dtype == jnp.uint8:
+        # All grey levels in float64 on the host. In float32 the slope of artanh, 5000 at the clip,
+        # would turn the rounding of x into 1e-4 of o, a quarter of the usual lam.
+        levels = np.arange(256) / 127.5 - 1
+        if factor is not None:
+            levels = factor * np.arctanh(np.clip(levels, -_CLIP, _CLIP))
+        o = jnp.asarray(levels, dtype)[images]
+    elif factor is None:
+        o = images.astype(dtype)
     else:
-        # logit((x + 1) / 2) = 2 artanh(x), without forming (x + 1) / 2.
-        o = jnp.arctanh(jnp.clip(x, -_CLIP, _CLIP)) * (1 if layer.activation == "tanh" else 2)
+        # For the same reason the clip is applied to o: 1 - 1e-4 is no float32.
+        limit = float(np.arctanh(_CLIP))
+        o = jnp.clip(jnp.arctanh(jnp.clip(images.astype(dtype), -1, 1)), -limit, limit) * factor
     return o if layer.bias is None else o - _bias(layer)[None]
 
 
@@ -193,7 +200,7 @@ def mean_activation(
         total = jnp.sum(jnp.where(mask, activations, 0), axis=0, dtype=wide)
         return total, jnp.zeros((), activations.dtype)
 
-    total, dtype = 0.0, None
+    total, dtype = np.zeros(()), None
     for start in range(0, num_samples, batch_size):
         part, zero = batch_sum(rng, np.int32(start))
         dtype = zero.dtype

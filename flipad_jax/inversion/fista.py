@@ -26,7 +26,7 @@ jitted.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -216,10 +216,10 @@ def fista(
     return Fista(init=init, update=update, run=run)
 
 
-def _is_concrete(value: object) -> bool:
+def _is_concrete(value: Any) -> bool:
     return not isinstance(value, jax.core.Tracer)
 
 
-def _check(name: str, value: object, holds: Callable[[float], bool], expected: str) -> None:
+def _check(name: str, value: Any, holds: Callable[[float], bool], expected: str) -> None:
     if _is_concrete(value) and (np.ndim(value) != 0 or not holds(float(value))):
         raise ValueError(f"{name}={value!r} must be a scalar, {expected}")

@@ -8,7 +8,7 @@ arguments of the compiled function, so only a new geometry, chunk size or method
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,12 @@ def solve(
     chunk_size = min(chunk_size, 1 << max(num_images - 1, 0).bit_length())
     if lipschitz is None:
         lipschitz = linops.squared_norm(op)
-    numbers = {"lam": lam, "lipschitz": lipschitz, "max_iters": max_iters, "tol": tol}
+    numbers: dict[str, Any] = {
+        "lam": lam,
+        "lipschitz": lipschitz,
+        "max_iters": max_iters,
+        "tol": tol,
+    }
     METHODS[method](op, **numbers)  # Refuses numbers out of range, computes nothing.
     numbers = {
         name: np.asarray(value, np.int32 if name == "max_iters" else op.dtype)

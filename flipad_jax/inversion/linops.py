@@ -25,8 +25,8 @@ Kernel layout is `[kh, kw, in, out]`, images are `[h, w, c]`. Orientation:
 import dataclasses
 import math
 import operator as _operator
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -249,31 +249,31 @@ def conv_transpose(
                 "give the padding in numbers"
             )
         rule = _transposed_string_padding
-        pads = tuple(rule(k, s, padding) for k, s in zip(sizes, steps, strict=True))
+        rows, columns = (rule(k, s, padding) for k, s in zip(sizes, steps, strict=True))
     else:
         for e, s in zip(extra, steps, strict=True):
             if e >= s:
                 raise ValueError(
                     f"output_padding={output_padding!r} must be smaller than strides={strides!r}"
                 )
-        pads = tuple(
+        rows, columns = (
             (low, high - e) for (low, high), e in zip(_numeric_padding(padding), extra, strict=True)
         )
-    output = tuple(
+    height, width = (
         (n - 1) * s + k - low - high
-        for n, s, k, (low, high) in zip(shape[:2], steps, sizes, pads, strict=True)
+        for n, s, k, (low, high) in zip(shape[:2], steps, sizes, (rows, columns), strict=True)
     )
-    if min(output) < 1:
+    if min(height, width) < 1:
         raise ValueError(
             f"padding={padding!r} leaves no output: input {shape[:2]}, kernel {sizes} and strides "
-            f"{steps} would give {output}"
+            f"{steps} would give {(height, width)}"
         )
     return ConvTranspose(
         kernel=kernel,
         input_shape=shape,
-        output_shape=(*output, kernel.shape[3]),
+        output_shape=(height, width, kernel.shape[3]),
         strides=steps,
-        padding=pads,
+        padding=(rows, columns),
     )
 
 
@@ -307,10 +307,11 @@ def conv(
     sizes = kernel.shape[:2]
     if isinstance(padding, str):
         _check_padding_name(padding)
-        given = tuple(map(tuple, lax.padtype_to_pads(shape[:2], sizes, steps, padding)))
+        given: Any = lax.padtype_to_pads(shape[:2], sizes, steps, padding)
     else:
         given = _numeric_padding(padding)
-    output, pads = [], []
+    output: list[int] = []
+    pads: list[tuple[int, int]] = []
     for n, s, k, (low, high) in zip(shape[:2], steps, sizes, given, strict=True):
         room = n + low + high - k
         if room < 0:
@@ -325,9 +326,9 @@ def conv(
     return Conv(
         kernel=kernel,
         input_shape=shape,
-        output_shape=(*output, kernel.shape[3]),
+        output_shape=(output[0], output[1], kernel.shape[3]),
         strides=steps,
-        padding=tuple(pads),
+        padding=(pads[0], pads[1]),
     )
 
 
@@ -402,10 +403,11 @@ def to_matrix(op: LinearOperator) -> jax.Array:
 
 
 def _run_power_iteration(op: LinearOperator, *, num_iters: int) -> jax.Array:
-    if math.prod(op.output_shape) < math.prod(op.input_shape):
-        shape, first, second = op.output_shape, op.adjoint, op.forward
-    else:
-        shape, first, second = op.input_shape, op.forward, op.adjoint
+    shape = op.input_shape
+    products: tuple[Callable, Callable] = (op.forward, op.adjoint)
+    if math.prod(op.output_shape) < math.prod(shape):
+        shape, products = op.output_shape, products[::-1]
+    first, second = products
 
     def normalise(v):
         return v / jnp.maximum(jnp.linalg.norm(v.reshape(-1)), jnp.finfo(v.dtype).tiny)
@@ -480,29 +482,27 @@ def _check_padding_name(name: str) -> None:
         raise ValueError(f'padding={name!r} is not "SAME", "VALID" or numbers')
 
 
-def _numeric_padding(padding: Padding) -> _Pads:
+def _numeric_padding(padding: Any) -> _Pads:
     try:
         if np.ndim(padding) == 0:
-            p = _int("padding", padding)
-            pads = ((p, p), (p, p))
+            rows = columns = (_int("padding", padding),) * 2
         elif np.shape(padding) == (2,):
-            rows, columns = (_int("padding", p) for p in padding)
-            pads = ((rows, rows), (columns, columns))
+            rows, columns = ((_int("padding", p),) * 2 for p in padding)
         elif np.shape(padding) == (2, 2):
-            pads = tuple((_int("padding", a), _int("padding", b)) for a, b in padding)
+            rows, columns = ((_int("padding", a), _int("padding", b)) for a, b in padding)
         else:
             raise ValueError
-        if min(min(pair) for pair in pads) < 0:
+        if min(*rows, *columns) < 0:
             raise ValueError
     except (ValueError, TypeError):
         raise ValueError(
             f"padding={padding!r} must be a non-negative int, (rows, columns), "
             '((top, bottom), (left, right)), "SAME" or "VALID"'
         ) from None
-    return pads
+    return rows, columns
 
 
-def _int(name: str, value: object) -> int:
+def _int(name: str, value: Any) -> int:
     if isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be an integer")
     try:
@@ -511,7 +511,7 @@ def _int(name: str, value: object) -> int:
         raise ValueError(f"{name}={value!r} must be an integer") from None
 
 
-def _ints(name: str, values: Sequence[int], *, minimum: int) -> tuple[int, ...]:
+def _ints(name: str, values: Any, *, minimum: int) -> tuple[int, ...]:
     try:
         ints = tuple(_int(name, v) for v in values)
     except (TypeError, ValueError):
@@ -545,9 +545,7 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{name} of shape {shape} must be laid out as {layout}, no axis empty")
     if not isinstance(weights, jax.Array):
-        weights = np.array(
-            weights
-        )  # a copy: the operator must not change when the caller's array does
+        weights = np.array(weights)  # A copy: the caller may change its array later.
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {weights.dtype}, expected a floating dtype")
     if not isinstance(weights, jax.core.Tracer) and not np.isfinite(weights).all():
