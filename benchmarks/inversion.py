@@ -13,6 +13,7 @@ The file holds `kernel [kh, kw, in, out]`, `mean_activation [h, w, in]`, `genera
 
 import json
 import math
+import os
 import platform
 import time
 
@@ -22,6 +23,8 @@ import numpy as np
 import scipy.sparse
 from absl import app, flags
 
+from flipad_jax import data
+from flipad_jax.generators import sampling, zoo
 from flipad_jax.inversion import final_layer, lasso, linops
 
 _DATA = flags.DEFINE_string("data", None, "npz file with a layer and images; default: the zoo.")
@@ -38,21 +41,39 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Interleaved repeats of that compa
 
 def load_file(path, num_images):
     """Layer, z_bar, own and real images of an npz file."""
-    with np.load(path) as data:
+    with np.load(path) as arrays:
         operator = linops.conv_transpose(
-            data["kernel"],
-            data["mean_activation"].shape,
+            arrays["kernel"],
+            arrays["mean_activation"].shape,
             strides=_STRIDE.value,
             padding=_PADDING.value,
         )
         return (
             final_layer.FinalLayer(operator),
-            data["mean_activation"],
+            arrays["mean_activation"],
             {
-                kind: data[name][:num_images]
+                kind: arrays[name][:num_images]
                 for kind, name in [("own", "generated"), ("real", "real")]
             },
         )
+
+
+def load_zoo(num_images):
+    """Layer, z_bar, own and real images of the first generator of the zoo."""
+    name = zoo.names()[0]
+    generator, record = zoo.load(name), zoo.record(name)
+    real = data.load(
+        record["dataset"],
+        split="test",
+        image_size=generator.image_shape[0],
+        num_images=num_images,
+        seed=record["data_seed"],
+    )
+    return (
+        sampling.final_layer(generator),
+        np.asarray(sampling.mean_activation(generator, jax.random.key(0))),
+        {"own": sampling.generate(generator, jax.random.key(1), num_images), "real": real},
+    )
 
 
 def sparse_matrix(op):
@@ -98,7 +119,7 @@ def torch_fista(op, targets, lam, lipschitz, num_iters):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(len_affinity())
+    torch.set_num_threads(num_cores())
     weight = torch.from_numpy(np.array(op.kernel).transpose(2, 3, 0, 1).copy())
     o = torch.from_numpy(np.array(targets).transpose(0, 3, 1, 2).copy())
     stride, padding = op.strides, tuple(p[0] for p in op.padding)
@@ -119,10 +140,8 @@ def torch_fista(op, targets, lam, lipschitz, num_iters):
     return run
 
 
-def len_affinity():
+def num_cores():
     """Cores this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -166,16 +185,24 @@ def main(argv):
     """Run every solver and print its line."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+    source = _DATA.value or "zoo"
     if _DATA.value is None:
-        raise app.UsageError("--data is required")
-    layer, z_bar, images = load_file(_DATA.value, _NUM_IMAGES.value)
+        layer, z_bar, images = load_zoo(_NUM_IMAGES.value)
+    else:
+        layer, z_bar, images = load_file(_DATA.value, _NUM_IMAGES.value)
     op = layer.operator
     matrix = sparse_matrix(op)
     lipschitz = float(linops.squared_norm(op))
     options = {"lam": _LAM.value, "tol": _TOL.value, "lipschitz": lipschitz}
     for method in _METHODS.value:
-        row = {"benchmark": "inversion", "method": method, "tol": _TOL.value, "lam": _LAM.value}
-        row |= {"device": jax.devices()[0].device_kind, "machine": platform.processor()}
+        row = {
+            "benchmark": "inversion",
+            "data": os.path.basename(source),
+            "method": method,
+            "tol": _TOL.value,
+            "lam": _LAM.value,
+        }
+        row |= {"device": jax.devices()[0].device_kind, "machine": platform.machine()}
         row |= {"jax": jax.__version__, "lipschitz_bound": lipschitz}
         for kind, batch in images.items():
             # Warm-up with the same chunk shape: compile time stays outside.

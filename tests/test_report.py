@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from flipad_jax import report
+from flipad_jax import metrics, report
 
 HOSTILE = (
     '<script>alert("1")</script>&amp; \'"><img src=http://x.y/z onerror=a> {0} $a_$ \x1b[31m\ud800'

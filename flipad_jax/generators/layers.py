@@ -1,14 +1,13 @@
 """Layers that every generator here is built from.
 
 The one idea of this file is the gradient of a transposed convolution with respect to its kernel.
-XLA's CPU backend computes the derivative that JAX derives for it with a convolution that is dilated
-on both sides, 3 to 10 times slower than the rest of a training step (`python
-benchmarks/transposed_convolution.py` measures it). The same numbers are one matrix product of the
-input with the shifted slices of the output's gradient, which every backend computes at full speed.
-`conv_transpose` therefore carries a `jax.custom_jvp` whose kernel tangent is written as that
-product. Because it is a rule for tangents, not for
-cotangents, everything JAX offers keeps working: forward and reverse mode, `vmap` over kernels,
-second derivatives.
+JAX derives a convolution for it that is dilated on one side and strided on the other, for which
+XLA's CPU backend has no fast code (`python benchmarks/transposed_convolution.py` measures it; known
+upstream as jax-ml/jax#31662). The same numbers are the kernel gradient of the strided convolution
+with input and output exchanged, which every backend computes at full speed. `conv_transpose` says
+so in a `jax.custom_jvp`: a rule for tangents whose transpose is that gradient. Because it is no
+rule for cotangents, everything keeps working: forward and reverse mode, `vmap` over kernels, second
+derivatives.
 """
 
 import functools

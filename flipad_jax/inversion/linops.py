@@ -545,7 +545,7 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{name} of shape {shape} must be laid out as {layout}, no axis empty")
     if not isinstance(weights, jax.Array):
-        weights = np.array(weights)  # A copy: the caller may change its array later.
+        weights = np.asarray(weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {weights.dtype}, expected a floating dtype")
     if not isinstance(weights, jax.core.Tracer) and not np.isfinite(weights).all():
