@@ -2,8 +2,8 @@
 
     python benchmarks/transposed_convolution.py
 
-Prints a JSON line per layer shape: milliseconds (median of the repeats, compiled, warmed up, blocked
-on) of forward plus both gradients, the ratios, and how far the kernel gradient is from JAX's own.
+Prints a JSON line per layer shape: milliseconds (median of the repeats, compiled, warmed up,
+blocked on) of forward plus both gradients, the ratios, and how far the kernel gradient is from JAX's own.
 `seeds` lines compare three models side by side under `vmap` with three in turn. The contenders take
 turns in one process, so other people's load hits all of them.
 """
@@ -109,7 +109,9 @@ def main(argv):
         seeds = medians(
             {
                 "vmap": lambda: together(*stacked),  # noqa: B023
-                "in_turn": lambda: [step["ours"](x, kernel, out_bar) for _ in range(3)],  # noqa: B023
+                "in_turn": lambda: [
+                    step["ours"](x, kernel, out_bar) for _ in range(3)
+                ],  # noqa: B023
             },
             max(_REPEATS.value // 5, 1),
         )

@@ -1,7 +1,7 @@
 """Train a GAN, one seed or several at once, and save its generator as safetensors.
 
-Makes the generators of `flipad_jax/generators/zoo` (their commands are in its zoo.json) and those of
-one's own experiments. Recipes: FLIPAD paper, appendix E.1. A killed run goes on at its last
+Makes the generators of `flipad_jax/generators/zoo` (their commands are in its zoo.json) and those
+of one's own experiments. Recipes: FLIPAD paper, appendix E.1. A killed run goes on at its last
 checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`.
 
     python run.py --experiment=train_generator --family=dcgan --dataset=digits --seeds=0,1,2
@@ -111,9 +111,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         # Samples of the file, not of the state: its weights are rounded to float16.
         saved = zoo.load_file(record.workdir / name)
         samples[f"seed {seed}"] = sampling.generate(saved, jax.random.key(0), 24)
-    report.save_figure(
-        report.image_grid(samples, num_columns=24), record.figures / "samples.png"
-    )
+    report.save_figure(report.image_grid(samples, num_columns=24), record.figures / "samples.png")
     return {"files": files, "last_losses": last}
 
 

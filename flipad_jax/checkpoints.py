@@ -42,7 +42,7 @@ def _with_keys(plain: Any, template: Any) -> Any:
 
 
 def save(directory: str | os.PathLike, step: int, state: Any) -> None:
-    """Write `state`, a tree of arrays, as checkpoint `step` and wait until it is complete; keeps the newest two."""
+    """Write `state`, a tree of arrays, as checkpoint `step`, completely; keeps the newest two."""
     import orbax.checkpoint as ocp
 
     with _manager(directory) as manager:

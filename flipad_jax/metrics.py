@@ -76,7 +76,7 @@ def pair_accuracy(own_scores: ArrayLike, rival_scores: ArrayLike, threshold: flo
 
 
 def _labelled(own_scores: ArrayLike, rival_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (rival = 1) and finite scores for scikit-learn; an undecided image ranks worst for us."""
+    """Labels (rival = 1) and finite scores for scikit-learn; an undecided image ranks worst."""
     own, rival = _scores(own_scores, "own"), _scores(rival_scores, "rival")
     scores = np.concatenate([own, rival])
     labels = np.repeat([0, 1], [own.size, rival.size])

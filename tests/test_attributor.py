@@ -86,7 +86,8 @@ def test_calibration_images_fit_nothing(monkeypatch):
     monkeypatch.setattr(
         attribution.one_class,
         "fit",
-        lambda own, reference, config: seen.append((own, reference)) or original(own, reference, config),
+        lambda own, reference, config: seen.append((own, reference))
+        or original(own, reference, config),
     )
     fitted = fit()
     own, reference = seen[0]
@@ -94,7 +95,11 @@ def test_calibration_images_fit_nothing(monkeypatch):
     z, _ = flipad_jax.invert(LAYER, OWN, Z_BAR, tol=0.0, max_iters=15)
     every = np.asarray(z) - Z_BAR[None]
     rows = {row.tobytes(): i for i, row in enumerate(np.round(every, 3).reshape(400, -1))}
-    used = [rows[row.tobytes()] for part in (own, reference) for row in np.round(part, 3).reshape(len(part), -1)]
+    used = [
+        rows[row.tobytes()]
+        for part in (own, reference)
+        for row in np.round(part, 3).reshape(len(part), -1)
+    ]
     assert len(set(used)) == 300
     rest = np.setdiff1d(np.arange(400), used)
     np.testing.assert_allclose(
@@ -108,7 +113,9 @@ def test_deepsad_on_every_kind_of_features(features, tmp_path):
     scores = flipad_jax.score(fitted, OWN[:10])
     assert np.isfinite(scores).all()
     flipad_jax.save(fitted, tmp_path / "a")
-    np.testing.assert_array_equal(flipad_jax.score(flipad_jax.load(tmp_path / "a"), OWN[:10]), scores)
+    np.testing.assert_array_equal(
+        flipad_jax.score(flipad_jax.load(tmp_path / "a"), OWN[:10]), scores
+    )
 
 
 @pytest.mark.parametrize("bias", [None, (0.1, -0.2, 0.3)])
@@ -146,7 +153,9 @@ def test_a_damaged_bundle_is_refused(fitted, tmp_path):
 
 
 def test_an_inversion_without_certificate_is_no_verdict(fitted):
-    strict = dataclasses.replace(fitted, config=dataclasses.replace(fitted.config, tol=1e-9, max_iters=3))
+    strict = dataclasses.replace(
+        fitted, config=dataclasses.replace(fitted.config, tol=1e-9, max_iters=3)
+    )
     found = flipad_jax.verdicts(strict, REAL[:4])
     assert set(found.verdict) == {"cannot_judge"} and not found.accepted.any()
     assert np.isnan(found.p_value).all() and not found.converged.any()

@@ -30,7 +30,9 @@ def test_demo_writes_what_it_promises(demo, capsys):
     for detector in ("one_class", "flipad", "rawpad", "dctpad"):
         found = results["metrics"][detector]
         assert set(found["accuracy"]) == set(found["auc"]) == rivals
-        np.testing.assert_allclose(found["mean_accuracy"], np.mean(list(found["accuracy"].values())))
+        np.testing.assert_allclose(
+            found["mean_accuracy"], np.mean(list(found["accuracy"].values()))
+        )
         assert 0 <= found["achieved_fnr"] <= found["achieved_fnr_interval"][1] <= 1
     # Even with a tenth of the images, own images alone tell ours from real and other seeds.
     assert results["metrics"]["one_class"]["mean_auc"] > 0.9
@@ -82,5 +84,7 @@ def test_a_training_is_saved_and_can_be_read(tmp_path):
     generator = zoo.load_file(tmp_path / "4.safetensors")
     assert generator.image_shape == (32, 32, 1)
     assert (tmp_path / "figures" / "samples.png").stat().st_size > 1000
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps[-1] == 4

@@ -117,7 +117,9 @@ def test_input_that_cannot_be_fitted(own, reference, message):
         one_class.fit(own, reference, CONFIG)
 
 
-@pytest.mark.parametrize("options", [{"quantiles": (1.5,)}, {"num_components": 0}, {"quantiles": ()}])
+@pytest.mark.parametrize(
+    "options", [{"quantiles": (1.5,)}, {"num_components": 0}, {"quantiles": ()}]
+)
 def test_settings_out_of_range(options):
     with pytest.raises(ValueError, match="OneClassConfig"):
         OneClassConfig(**options)

@@ -50,9 +50,10 @@ class AttributorConfig:
       features: what DeepSAD looks at: "activations" (FLIPAD), "pixels" (RawPAD), "dct" (DCTPAD).
         The one-class detector reads activations only.
       lam: lasso weight, half of the paper's lambda.
-      tol: relative duality gap of every inversion; 0 for exactly `max_iters` iterations on every
-        image alike, uncertified (the achieved gap is reported all the same).
-      max_iters: iterations at most.
+      tol: relative duality gap that every inversion must reach; 0 for exactly `max_iters`
+        iterations on every image alike, without certificate (the gap reached is reported all the same). Thirty
+        iterations carry what the detectors use, see WORKSPACE.md.
+      max_iters: iterations, at most these if `tol` is not 0.
       method: solver, see `lasso.METHODS`.
       one_class: settings of the one-class detector.
       deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
@@ -65,8 +66,8 @@ class AttributorConfig:
     detector: str = "one_class"
     features: str = "activations"
     lam: float = 5e-4
-    tol: float = 1e-2
-    max_iters: int = 10_000
+    tol: float = 0.0
+    max_iters: int = 30
     method: str = "fista"
     one_class: OneClassConfig = OneClassConfig()
     deepsad: DeepSADConfig | None = None
@@ -126,7 +127,17 @@ class Attributor:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of the images it can judge."""
-        return self.layer.operator.output_shape
+        return _image_shape(self.layer)
+
+
+def _image_shape(layer: FinalLayer) -> tuple[int, int, int]:
+    if len(layer.operator.output_shape) != 3:
+        raise ValueError(
+            f"the last layer makes outputs of shape {layer.operator.output_shape}, expected images "
+            "(h, w, c); give a dense layer its output_shape"
+        )
+    h, w, c = layer.operator.output_shape
+    return h, w, c
 
 
 class Scores(NamedTuple):
@@ -237,7 +248,7 @@ def fit(
         miss their tolerance.
     """
     progress = progress or _no_progress
-    shape = layer.operator.output_shape
+    shape = _image_shape(layer)
     generated = data.check_images(generated, shape=shape)
     if (real is None) != (config.detector == "one_class"):
         need = (
@@ -492,11 +503,14 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
     arrays = jax.tree.map(jnp.asarray, tree["detector"])
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        gaussians = {
-            name: one_class.Gaussian(**arrays.pop(name)) for name in ("moments", "quantiles")
-        }
         detector = OneClass(
-            **arrays, **gaussians, input_shape=operator.input_shape, config=config.one_class
+            mean=arrays["mean"],
+            directions=arrays["directions"],
+            moments=one_class.Gaussian(**arrays["moments"]),
+            quantiles=one_class.Gaussian(**arrays["quantiles"]),
+            reference=arrays["reference"],
+            input_shape=geometry["input_shape"],
+            config=config.one_class,
         )
     else:
         fitted = features.FittedFeatures(

@@ -334,7 +334,11 @@ _train_on_rows_jit = jax.jit(_train_on_rows, static_argnames="config")
 
 
 def train_epoch(
-    rng: jax.Array, state: DeepSADState, own: jax.Array, real: jax.Array, config: DeepSADConfig
+    rng: jax.Array,
+    state: DeepSADState,
+    own: jax.Array | np.ndarray,
+    real: jax.Array | np.ndarray,
+    config: DeepSADConfig,
 ) -> tuple[DeepSADState, jax.Array]:
     """One pass over the shuffled samples, an incomplete last batch left out.
 
@@ -392,7 +396,9 @@ def _embed(params, batch_stats, x, config):
 _embed_jit = jax.jit(_embed, static_argnames="config")
 
 
-def embed(model: DeepSAD | DeepSADState, x: jax.Array, config: DeepSADConfig) -> np.ndarray:
+def embed(
+    model: DeepSAD | DeepSADState, x: jax.Array | np.ndarray, config: DeepSADConfig
+) -> np.ndarray:
     """Representations phi(x) with BatchNorm in eval mode.
 
     Args:
@@ -426,7 +432,10 @@ def push_from_zero(centre: jax.Array, margin: float = _CENTRE_MARGIN) -> jax.Arr
 
 
 def with_centre(
-    state: DeepSADState, own: jax.Array, real: jax.Array, config: DeepSADConfig
+    state: DeepSADState,
+    own: jax.Array | np.ndarray,
+    real: jax.Array | np.ndarray,
+    config: DeepSADConfig,
 ) -> DeepSADState:
     """Set the centre: mean eval-mode representation of own and real samples together, off zero.
 
@@ -465,8 +474,8 @@ def _check_features(own, real, config):
 
 def fit(
     rng: jax.Array,
-    own: jax.Array,
-    real: jax.Array,
+    own: jax.Array | np.ndarray,
+    real: jax.Array | np.ndarray,
     config: DeepSADConfig = DeepSADConfig(),
     *,
     state: DeepSADState | None = None,
@@ -506,7 +515,7 @@ def fit(
     return finish(state, config, own.shape[1:]), np.asarray(state.losses)
 
 
-def score(model: DeepSAD, x: jax.Array) -> np.ndarray:
+def score(model: DeepSAD, x: jax.Array | np.ndarray) -> np.ndarray:
     """Squared distance to the centre, [P1] eq. 7 squared: higher = less likely ours.
 
     Args:

@@ -353,7 +353,7 @@ _merge_batch_jit = jax.jit(_merge_batch, static_argnames="config")
 
 def _stream_moments(
     config: FeatureConfig,
-    batches: Iterable[jax.Array],
+    batches: Iterable[jax.Array | np.ndarray],
     name: str,
     input_shape: tuple[int, ...] | None = None,
 ) -> tuple[Moments, tuple[int, ...]]:
@@ -379,8 +379,8 @@ def _check_shape(x: jax.Array, input_shape: tuple[int, ...]) -> None:
 
 def fit(
     config: FeatureConfig,
-    own: Iterable[jax.Array],
-    real: Iterable[jax.Array] | None = None,
+    own: Iterable[jax.Array | np.ndarray],
+    real: Iterable[jax.Array | np.ndarray] | None = None,
 ) -> FittedFeatures:
     """Learn standardisation and channel choice from training samples.
 

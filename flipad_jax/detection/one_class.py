@@ -22,6 +22,7 @@ estimate gamma of its index: heavy tails of own images give far values less weig
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ class OneClassConfig:
     """Settings of the statistics.
 
     Attributes:
-      num_components: principal directions kept; at most a third of the images fitted on.
+      num_components: principal directions kept; at most a third of the images fitted on, and half
+        of the dimensions.
       quantiles: levels in [0, 1] of the quantile statistic.
       batch_size: images per compiled call.
     """
@@ -129,7 +131,7 @@ _describe_batch = jax.jit(
 )
 
 
-def _check(name: str, z: jax.Array, shape: tuple[int, ...] | None = None) -> None:
+def _check(name: str, z: np.ndarray | jax.Array, shape: tuple[int, ...] | None = None) -> None:
     if (
         z.ndim != 4
         or not jnp.issubdtype(z.dtype, jnp.floating)
@@ -142,7 +144,7 @@ def _check(name: str, z: jax.Array, shape: tuple[int, ...] | None = None) -> Non
 
 
 def _batches(z: np.ndarray, batch_size: int):
-    """Batches of one shape (the last one filled up with its last image) and how many of each count."""
+    """Batches of one shape (the last filled up with its last image), and how many of each count."""
     for start in range(0, z.shape[0], batch_size):
         batch = np.asarray(z[start : start + batch_size], np.float32)
         count = batch.shape[0]
@@ -170,7 +172,8 @@ def fit(
     _check("reference activations", reference, shape)
     if own.shape[0] < 30 or reference.shape[0] < 100:
         raise ValueError(
-            f"the one-class detector got {own.shape[0]} own images to fit and {reference.shape[0]} for reference; "
+            f"the one-class detector got {own.shape[0]} own images to fit and "
+            f"{reference.shape[0]} for reference; "
             "it needs at least 30 and 100, and is good from about 1000 and 500 on"
         )
     for name, z in (("own", own), ("reference", reference)):
@@ -196,7 +199,7 @@ def fit(
     channel_moments, quantiles = (np.concatenate(parts) for parts in zip(*described))
     mean, directions = _principal_directions(
         jnp.asarray(own, jnp.float32).reshape(own.shape[0], -1),
-        min(config.num_components, own.shape[0] // 3),
+        min(config.num_components, own.shape[0] // 3, math.prod(shape) // 2),
     )
     model = OneClass(
         mean=mean,
@@ -208,12 +211,12 @@ def fit(
         config=config,
     )
     sorted_reference = np.sort(statistics(model, reference), axis=0).T
-    return model.replace(reference=jnp.asarray(sorted_reference))
+    return dataclasses.replace(model, reference=jnp.asarray(sorted_reference))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _principal_directions(x: jax.Array, num_components: int) -> tuple[jax.Array, jax.Array]:
-    """Mean `[d]` and the first principal directions `[d, r]` of rows `[n, d]`, n < d, by their Gram matrix."""
+    """Mean `[d]` and first principal directions `[d, r]` of rows `[n, d]`, by the Gram matrix."""
     mean = x.mean(axis=0)
     centred = x - mean
     gram = jnp.dot(centred, centred.T, precision=lax.Precision.HIGHEST)
@@ -247,7 +250,7 @@ def statistics(model: OneClass, z: np.ndarray) -> np.ndarray:
 
 
 def _log_tail_probability(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """log p of `values` `[n]` under the sorted `reference` `[m]`: empirical in the bulk, Pareto beyond."""
+    """log p of `values` `[n]` under the sorted `reference` `[m]`: empirical, Pareto in the tail."""
     size = reference.size
     at_least = size - np.searchsorted(reference, values, side="left")
     empirical = np.log((1 + at_least) / (size + 1))

@@ -1,1 +1,1 @@
-"""Models that make images: families, their training, and what attribution needs of a trained one."""
+"""Models that make images: families, training, and what attribution needs of a trained one."""

@@ -137,7 +137,7 @@ def dcgan(
         generator_loss=_generator_loss,
         optimizer=optax.adam(2e-4, b1=0.5, b2=0.999),
         discriminator_steps=1,
-        image_shape=tuple(image_shape),
+        image_shape=image_shape,
         latent_dim=latent_dim,
     )
 
@@ -145,7 +145,7 @@ def dcgan(
 def check_features(
     image_shape: tuple[int, int, int], features: tuple[int, ...] | None, *, inwards: bool = False
 ) -> tuple[int, ...]:
-    """`features`, or the paper's, after checking that their number fits the image; `inwards` for a discriminator."""
+    """`features`, or the paper's, checked against the image; `inwards` for a discriminator."""
     if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
         raise ValueError(f"image_shape must be (h, w, c) with h = w, got {tuple(image_shape)}")
     default = default_features(image_shape[0])

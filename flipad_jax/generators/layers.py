@@ -123,10 +123,12 @@ def _conv_forward(x, kernel, stride, padding):
 
 def _conv_backward(stride, padding, residuals, cotangent):
     x, kernel = residuals
-    x_bar = conv_transpose(cotangent, kernel.swapaxes(2, 3), stride, padding)
-    # Rows and columns at the end that no window reached.
-    rest = [(0, n - m) for n, m in zip(x.shape[1:3], x_bar.shape[1:3])]
-    x_bar = jnp.pad(x_bar, ((0, 0), *rest, (0, 0)))
+    # All that the windows reached, then the part that is the input: rows at its end that no window
+    # reached get zeros.
+    x_bar = conv_transpose(cotangent, kernel.swapaxes(2, 3), stride, 0)
+    ends = [(0, max(padding + n - m, 0)) for n, m in zip(x.shape[1:3], x_bar.shape[1:3])]
+    x_bar = jnp.pad(x_bar, ((0, 0), *ends, (0, 0)))
+    x_bar = x_bar[:, padding : padding + x.shape[1], padding : padding + x.shape[2]]
     convolve = lambda k: lax.conv_general_dilated(  # noqa: E731
         x, k, (stride, stride), [(padding, padding)] * 2, dimension_numbers=_NHWC
     )
@@ -158,7 +160,7 @@ def pytorch_init(fan_in_axis: int) -> Callable[..., jax.Array]:
 
 
 class ConvTranspose(nn.Module):
-    """Transposed convolution without bias: `[n, h, w, c]` -> `[n, H, W, features]`, see `conv_transpose`."""
+    """Transposed convolution without bias: `[n, h, w, c]` -> `[n, H, W, features]`."""
 
     features: int
     kernel_size: int = 4
@@ -174,7 +176,7 @@ class ConvTranspose(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias, padded alike on every side: `[n, h, w, c]` -> `[n, H, W, features]`."""
+    """Convolution without bias: `[n, h, w, c]` -> `[n, H, W, features]`."""
 
     features: int
     kernel_size: int = 4

@@ -7,7 +7,7 @@ many images are asked for.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -63,13 +63,13 @@ def latents(rng: jax.Array, indices: jax.Array, latent_dim: int) -> jax.Array:
 
 def activations(generator: TrainedGenerator, z: jax.Array) -> jax.Array:
     """Activations before the last layer, `[n, h', w', c']`, of latents `[n, latent_dim]`."""
-    return generator.module.apply(generator.variables, z, method="activation")
+    return cast(jax.Array, generator.module.apply(generator.variables, z, method="activation"))
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _generate_batch(generator, rng, first, batch_size):
     z = latents(rng, first + jnp.arange(batch_size, dtype=jnp.int32), generator.latent_dim)
-    images = generator.module.apply(generator.variables, z)
+    images = cast(jax.Array, generator.module.apply(generator.variables, z))
     # Rounded to the nearest grey level, as data.to_uint8 does on the host.
     return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
 
@@ -119,10 +119,11 @@ def final_layer(generator: TrainedGenerator) -> FinalLayer:
 def mean_activation(
     generator: TrainedGenerator, rng: jax.Array, num_samples: int = 5000
 ) -> jax.Array:
-    """z_bar, `[h', w', c']` float32: Monte Carlo mean over `num_samples` latents ([P1] section 4.2)."""
+    """z_bar, `[h', w', c']` float32: Monte Carlo mean over latents ([P1] section 4.2)."""
     return _mean_activation(
         functools.partial(activations, generator),
         rng,
         latent_shape=generator.latent_dim,
         num_samples=num_samples,
+        sample_latents=functools.partial(jax.random.normal, dtype=jnp.float32),
     )

@@ -17,7 +17,17 @@ from flax import linen as nn
 
 from flipad_jax import checkpoints, data
 
-__all__ = ["Gan", "GanState", "Losses", "init", "step_all", "take_seed", "train", "train_step"]
+__all__ = [
+    "Gan",
+    "GanState",
+    "Losses",
+    "init",
+    "init_seeds",
+    "step_all",
+    "take_seed",
+    "train",
+    "train_step",
+]
 
 
 class Gan(NamedTuple):
@@ -75,7 +85,7 @@ class Losses(NamedTuple):
 
 
 def init(gan: Gan, rng: jax.Array) -> GanState:
-    """The state before the first step; `jax.vmap(functools.partial(init, gan))(keys)` for many seeds."""
+    """The state before the first step of one seed; `init_seeds` makes those of many."""
     generator_rng, discriminator_rng = jax.random.split(jax.random.fold_in(rng, 0))
     generator = gan.generator.init(generator_rng, jnp.zeros((1, gan.latent_dim), jnp.float32))
     discriminator = gan.discriminator.init(
@@ -89,6 +99,12 @@ def init(gan: Gan, rng: jax.Array) -> GanState:
         generator_opt=gan.optimizer.init(generator["params"]),
         discriminator_opt=gan.optimizer.init(discriminator),
     )
+
+
+@functools.partial(jax.jit, static_argnames="gan")
+def init_seeds(gan: Gan, seeds: jax.Array) -> GanState:
+    """The states of many seeds `[s]` uint32, with a leading axis of seeds, in one compiled call."""
+    return jax.vmap(lambda seed: init(gan, jax.random.key(seed)))(seeds)
 
 
 def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Losses]:
@@ -170,7 +186,7 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
 
 
 def _epoch_batch(rng: jax.Array, batch: jax.Array, num_images: int, batch_size: int) -> jax.Array:
-    """Indices of the `batch`-th batch: every epoch is a permutation of its own, what does not fill a batch is left out."""
+    """Indices of a batch: every epoch is a permutation, what does not fill a batch is left out."""
     per_epoch = num_images // batch_size
     order = jax.random.permutation(jax.random.fold_in(rng, batch // per_epoch), num_images)
     return jax.lax.dynamic_slice_in_dim(order, (batch % per_epoch) * batch_size, batch_size)
@@ -251,7 +267,7 @@ def train(
         raise ValueError(
             "seeds must not be empty; num_steps, report_every and checkpoint_every must be positive"
         )
-    states = jax.vmap(lambda seed: init(gan, jax.random.key(seed)))(jnp.asarray(seeds, jnp.uint32))
+    states = init_seeds(gan, jnp.asarray(seeds, jnp.uint32))
     step = 0
     if checkpoint_dir is not None:
         restored = checkpoints.restore_latest(checkpoint_dir, states)
@@ -263,7 +279,7 @@ def train(
         states, loss = step_all(states, device_images, gan=gan, batch_size=batch_size)
         losses.append(loss)
         step += 1
-        saves = checkpoint_dir is not None and (step % checkpoint_every == 0 or step == num_steps)
+        saves = step % checkpoint_every == 0 or step == num_steps
         if saves or step % report_every == 0 or step == num_steps:
             # The only place that waits for the device.
             mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *jax.device_get(losses))
@@ -272,7 +288,7 @@ def train(
                 raise FloatingPointError(f"a loss is not finite before step {step}: {mean}")
             if progress is not None:
                 progress(step, mean)
-        if saves:
+        if saves and checkpoint_dir is not None:
             checkpoints.save(checkpoint_dir, step, states)
     return states
 

@@ -87,6 +87,6 @@ def wgan_gp(
         generator_loss=_generator_loss,
         optimizer=optax.adam(2e-4, b1=0.0, b2=0.9),
         discriminator_steps=5,
-        image_shape=tuple(image_shape),
+        image_shape=image_shape,
         latent_dim=latent_dim,
     )

@@ -57,7 +57,8 @@ def load(name: str) -> TrainedGenerator:
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
         raise ValueError(
-            f"{name}.safetensors has SHA-256 {digest}, recorded is {entry['sha256']}: reinstall flipad_jax"
+            f"{name}.safetensors has SHA-256 {digest}, recorded is {entry['sha256']}: "
+            "reinstall flipad_jax"
         )
     return _build(entry, content)
 
@@ -126,6 +127,7 @@ def _build(entry: Mapping[str, Any], content: bytes) -> TrainedGenerator:
     )
     if jax.tree.map(np.shape, variables) != jax.tree.map(lambda leaf: leaf.shape, expected):
         raise ValueError(
-            f"the stored weights are not those of a {entry['family']} with widths {entry['features']}"
+            f"the stored weights are not those of a {entry['family']} with widths "
+            f"{entry['features']}"
         )
     return TrainedGenerator(variables, gan.generator, shape, entry["latent_dim"])
