@@ -2,10 +2,10 @@
 
     python benchmarks/transposed_convolution.py
 
-Prints a JSON line per layer shape: milliseconds (median of the repeats, compiled, warmed up,
-blocked on) of forward plus both gradients, the ratios, and how far the kernel gradient is from JAX's own.
-`seeds` lines compare three models side by side under `vmap` with three in turn. The contenders take
-turns in one process, so other people's load hits all of them.
+Prints JSON lines. One per layer shape: milliseconds of forward plus both gradients (median of the
+repeats, compiled, warmed up, blocked on), the ratios, and how far the kernel gradient is from JAX's
+own. One with "seeds": three models side by side under `vmap` against three in turn. The contenders
+take turns in one process, so other people's load hits all of them.
 """
 
 import functools

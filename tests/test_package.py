@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Needed at run time though nothing here imports them.
 INDIRECT = {
-    "array-record": "tensorflow_datasets.data_source reads ArrayRecord files with it",
-    "grain": "loads what tensorflow_datasets.data_source gives",
-    "chex": "checks in tests and experiments",
+    "chex": "the tests' assertions on trees; optax brings it along anyway",
+    "scikit-image": "its photographs are read as files, by data.py",
+    "tensorflow-datasets": "one of the fixed set; data.py will read its data sets",
 }
 
 

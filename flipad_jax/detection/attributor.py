@@ -51,8 +51,8 @@ class AttributorConfig:
         The one-class detector reads activations only.
       lam: lasso weight, half of the paper's lambda.
       tol: relative duality gap that every inversion must reach; 0 for exactly `max_iters`
-        iterations on every image alike, without certificate (the gap reached is reported all the same). Thirty
-        iterations carry what the detectors use, see WORKSPACE.md.
+        iterations on every image alike, without certificate (the gap reached is
+        reported all the same). Thirty carry what the detectors use, see WORKSPACE.md.
       max_iters: iterations, at most these if `tol` is not 0.
       method: solver, see `lasso.METHODS`.
       one_class: settings of the one-class detector.

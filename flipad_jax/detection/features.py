@@ -369,7 +369,7 @@ def _stream_moments(
     return total, input_shape
 
 
-def _check_shape(x: jax.Array, input_shape: tuple[int, ...]) -> None:
+def _check_shape(x: jax.Array | np.ndarray, input_shape: tuple[int, ...]) -> None:
     if x.shape[1:] != input_shape or x.shape[0] == 0:
         raise ValueError(
             f"features: got a batch {list(x.shape)}, expected samples of shape "

@@ -1,0 +1,36 @@
+"""The examples of the README run as they stand there."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from flipad_jax import data
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.write_images(tmp_path / "suspects", data.load("digits", split="test", num_images=3))
+    examples = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(examples) == 2
+    scope: dict = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), scope)  # noqa: S102
+    assert list(scope["found"].verdict) == ["not_ours"] * 3
+    assert np.asarray(scope["info"].relative_gap).max() <= 1e-2
+
+
+def test_commands_name_what_exists():
+    for command in re.findall(r"^(?:make|python run\.py)[^\n]*$", TEXT, re.M):
+        if command.startswith("make"):
+            target = command.split()[1]
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), command
+        for name in re.findall(r"--experiment=(\w+)", command):
+            assert (ROOT / "experiments" / f"{name}.py").exists(), command
+    for link in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+    assert shutil.which("python3")
