@@ -58,7 +58,7 @@ class Config:
         0.0, "Relative duality gap of every inversion; 0: all take max_iters.", lower_bound=0.0
     )
     max_iters: int = setting(30, "FISTA iterations (at most, if tol is not 0).", lower_bound=1)
-    epochs: int = setting(10, "Epochs of DeepSAD.", lower_bound=1)
+    epochs: int = setting(6, "Epochs of DeepSAD.", lower_bound=1)
     activation_widths: tuple[int, ...] = setting((32, 64, 32), "FLIPAD's encoder.", lower_bound=1)
     pixel_widths: tuple[int, ...] = setting(
         (16, 32, 64), "RawPAD's and DCTPAD's encoder.", lower_bound=1
