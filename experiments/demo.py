@@ -67,9 +67,9 @@ class Config:
 
 PRESETS = {
     "smoke": {
-        "num_generated": 400,
-        "num_real": 200,
-        "num_test": 60,
+        "num_generated": 320,
+        "num_real": 128,
+        "num_test": 40,
         "num_mean": 500,
         "epochs": 1,
         "activation_widths": (8, 8, 8),
