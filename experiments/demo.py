@@ -49,7 +49,7 @@ class Config:
     fnr: float = setting(
         0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
     )
-    num_generated: int = setting(2000, "Own images to fit and calibrate on.", lower_bound=160)
+    num_generated: int = setting(2000, "Own images to fit and calibrate on.", lower_bound=400)
     num_real: int = setting(1500, "Real images that FLIPAD, RawPAD, DCTPAD learn.", lower_bound=8)
     num_test: int = setting(500, "Test images of every source.", lower_bound=8)
     num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
@@ -67,7 +67,7 @@ class Config:
 
 PRESETS = {
     "smoke": {
-        "num_generated": 320,
+        "num_generated": 400,
         "num_real": 128,
         "num_test": 40,
         "num_mean": 500,
