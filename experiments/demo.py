@@ -245,7 +245,9 @@ def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenera
             progress=progress,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    zoo.save_file(path, sampling.from_state(gan, training.take_seed(states, 0)), entry)
+    # What the record says of the shipped file is not true of this one.
+    made = {key: value for key, value in entry.items() if key not in ("sha256", "command")}
+    zoo.save_file(path, sampling.from_state(gan, training.take_seed(states, 0)), made)
     return zoo.load_file(path)
 
 
@@ -291,8 +293,7 @@ def _average_activations(layer, z_bar, config, sources) -> dict[str, np.ndarray]
 def _write_suspects(folder: Path, sources: dict[str, np.ndarray], count: int = 4) -> None:
     """A folder as a user may have one: the last test images of every source as PNG files."""
     for source, images in sources.items():
-        for path in data.write_images(folder / source, images[-count:]):
-            del path
+        data.write_images(folder / source, images[-count:])
 
 
 def _judge_folder(record: Run, folder: data.Folder, fnr: float) -> dict[str, Any]:

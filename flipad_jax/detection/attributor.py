@@ -52,7 +52,7 @@ class AttributorConfig:
       lam: lasso weight, half of the paper's lambda.
       tol: relative duality gap that every inversion must reach; 0 for exactly `max_iters`
         iterations on every image alike, without certificate (the gap reached is
-        reported all the same). Thirty carry what the detectors use, see WORKSPACE.md.
+        reported all the same).
       max_iters: iterations, at most these if `tol` is not 0.
       method: solver, see `lasso.METHODS`.
       one_class: settings of the one-class detector.
@@ -471,6 +471,9 @@ def load(path: str | os.PathLike) -> Attributor:
         content = file.read()
     try:
         settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {_SETTINGS} is damaged ({error}); save it again") from error
+    try:
         if settings["format"] != _FORMAT:
             raise ValueError(
                 f"{path} has format {settings['format']}, this version reads {_FORMAT}: "

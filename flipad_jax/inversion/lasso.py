@@ -31,7 +31,7 @@ class LassoInfo(NamedTuple):
     Attributes:
       gap: `[n]` duality gap at z, in units of the objective (no 1/n); NaN where the target holds
         NaN.
-      relative_gap: `[n]` gap / objective at z, in [0, 1].
+      relative_gap: `[n]` gap / objective at z, 0 at the solution; it may exceed 1 far from it.
       num_iters: `[n]` int32.
       converged: `[n]` bool, relative_gap <= tol. Look at it before using z.
     """
