@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import train_generator
 from experiments._config import Run, setting
 from experiments._record import write_atomically
 from flipad_jax import data, metrics, report
@@ -227,23 +228,16 @@ def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenera
         features=tuple(entry["features"]),
         discriminator_features=tuple(entry["discriminator_features"]),
     )
-    with record.progress(entry["num_steps"], f"training {name}") as bar:
-        done = 0
-
-        def progress(step, losses):
-            nonlocal done
-            bar.update(step - done, generator=float(losses.generator[0]))
-            done = step
-
-        states = training.train(
-            gan,
-            images,
-            seeds=(entry["seed"],),
-            num_steps=entry["num_steps"],
-            batch_size=entry["batch_size"],
-            checkpoint_dir=str(record.checkpoints / name),
-            progress=progress,
-        )
+    states = train_generator.train(
+        gan,
+        images,
+        record,
+        name,
+        seeds=(entry["seed"],),
+        num_steps=entry["num_steps"],
+        batch_size=entry["batch_size"],
+        checkpoint_dir=str(record.checkpoints / name),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     # What the record says of the shipped file is not true of this one.
     made = {key: value for key, value in entry.items() if key not in ("sha256", "command")}

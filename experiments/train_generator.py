@@ -8,6 +8,7 @@ checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,30 @@ PRESETS = {
 }
 
 
+def train(
+    gan: training.Gan,
+    images: np.ndarray,
+    record: Run,
+    what: str,
+    *,
+    num_steps: int,
+    log: Callable[[int, training.Losses], None] | None = None,
+    **options: Any,
+) -> training.GanState:
+    """`training.train` under a progress bar; `options` are its own, `log` hears the losses."""
+    with record.progress(num_steps, f"training {what}") as bar:
+        done = 0
+
+        def progress(step, losses):
+            nonlocal done
+            bar.update(step - done, **{k: float(np.mean(v)) for k, v in losses._asdict().items()})
+            done = step
+            if log is not None:
+                log(step, losses)
+
+        return training.train(gan, images, num_steps=num_steps, progress=progress, **options)
+
+
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Train, save weights and samples; returns the files and the last losses per seed."""
     images = data.load(
@@ -67,28 +92,23 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         discriminator_features=config.discriminator_features or None,
     )
     last: dict[str, list[float]] = {}
-    names = ", ".join(map(str, config.seeds))
-    with record.progress(config.num_steps, f"training {config.family}, seed {names}") as bar:
-        done = 0
 
-        def progress(step, losses):
-            nonlocal done
-            means = {name: float(np.mean(value)) for name, value in losses._asdict().items()}
-            bar.update(step - done, **means)
-            done = step
-            last.update({name: value.tolist() for name, value in losses._asdict().items()})
-            record.log_metrics(step=step, **last)
+    def log(step, losses):
+        last.update({name: value.tolist() for name, value in losses._asdict().items()})
+        record.log_metrics(step=step, **last)
 
-        states = training.train(
-            gan,
-            images,
-            seeds=config.seeds,
-            num_steps=config.num_steps,
-            batch_size=config.batch_size,
-            checkpoint_dir=str(record.checkpoints),
-            checkpoint_every=config.checkpoint_every,
-            progress=progress,
-        )
+    states = train(
+        gan,
+        images,
+        record,
+        f"{config.family}, seed {', '.join(map(str, config.seeds))}",
+        log=log,
+        seeds=config.seeds,
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        checkpoint_dir=str(record.checkpoints),
+        checkpoint_every=config.checkpoint_every,
+    )
     files: dict[str, Any] = {}
     samples = {"training images": images}
     for index, seed in enumerate(config.seeds):

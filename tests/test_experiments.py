@@ -4,11 +4,14 @@ import csv
 import json
 import re
 
+import chex
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import _config
+from experiments import demo as demo_module
+from experiments._record import open_workdir
 from flipad_jax import load, verdicts
 from flipad_jax.generators import zoo
 
@@ -52,6 +55,17 @@ def test_demo_judges_a_folder(demo):
     image = np.asarray(Image.open(demo / "suspects" / row["path"]))[None, :, :, None]
     found = verdicts(load(demo / "attributor"), image)
     np.testing.assert_allclose(found.score[0], float(row["score"]), rtol=1e-4)
+
+
+def test_a_model_is_trained_anew_by_its_record(tmp_path, monkeypatch):
+    name = "digits_dcgan_1"
+    entry = {**zoo.record(name), "num_steps": 1, "batch_size": 4}
+    monkeypatch.setattr(zoo, "record", lambda _: entry)
+    with open_workdir(tmp_path / "w", {}, commit=None) as record:
+        first = demo_module._retrained(name, demo_module.Config(retrain=True), record)
+        again = demo_module._retrained(name, demo_module.Config(retrain=True), record)
+    assert first.image_shape == (32, 32, 1)
+    chex.assert_trees_all_equal(first.variables, again.variables)
 
 
 def test_a_second_run_computes_nothing(demo, capsys, monkeypatch):
