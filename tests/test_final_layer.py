@@ -122,7 +122,7 @@ def test_options_reach_the_solver():
     _, info = final_layer.invert(
         FinalLayer(op), images, z_bar, tol=0, max_iters=4, chunk_size=2, progress=done.append
     )
-    assert info.num_iters.tolist() == [4, 4, 4] and done == [2, 3]
+    assert info.num_iters.tolist() == [4, 4, 4] and done == [1, 2, 3]
     z, info = final_layer.invert(FinalLayer(op), images[:0], z_bar)
     assert z.shape == (0, *op.input_shape) and info.gap.shape == (0,)
     with pytest.raises(TypeError, match="tolerance"):

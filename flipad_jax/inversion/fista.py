@@ -25,7 +25,6 @@ The functions act on one image and carry no decorator; `lasso.solve` is where th
 jitted.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +34,9 @@ from jax import lax
 
 from flipad_jax.inversion import prox
 from flipad_jax.inversion.linops import LinearOperator
+from flipad_jax.inversion.solver import Solver, SolverInfo, check_number, run_until_certified
 
-__all__ = ["Fista", "FistaInfo", "FistaState", "fista"]
+__all__ = ["FistaState", "fista"]
 
 
 class FistaState(NamedTuple):
@@ -48,6 +48,7 @@ class FistaState(NamedTuple):
       az: A z, shape of the target.
       ay: A y, shape of the target.
       t: scalar, momentum, 1 at the start.
+      value: scalar, the objective at the last gap check, infinite before the first.
       num_iters: scalar int32.
     """
 
@@ -56,37 +57,8 @@ class FistaState(NamedTuple):
     az: jax.Array
     ay: jax.Array
     t: jax.Array
+    value: jax.Array
     num_iters: jax.Array
-
-
-class FistaInfo(NamedTuple):
-    """What came out, as scalars.
-
-    Attributes:
-      gap: duality gap at z, in objective units; NaN if the target holds NaN.
-      relative_gap: gap / objective at z.
-      num_iters: iterations done, int32.
-      converged: whether relative_gap <= tol.
-    """
-
-    gap: jax.Array
-    relative_gap: jax.Array
-    num_iters: jax.Array
-    converged: jax.Array
-
-
-class Fista(NamedTuple):
-    """The solver as pure functions.
-
-    Attributes:
-      init: `(o, z_init=None) -> FistaState`.
-      update: `(state, o) -> FistaState`, one iteration.
-      run: `(o, z_init=None) -> (z, FistaInfo)`, iterations until the certificate is reached.
-    """
-
-    init: Callable[..., FistaState]
-    update: Callable[[FistaState, jax.Array], FistaState]
-    run: Callable[..., tuple[jax.Array, FistaInfo]]
 
 
 def fista(
@@ -99,7 +71,7 @@ def fista(
     gap_every: int = 10,
     tol: float | jax.Array = 1e-2,
     restart: bool = True,
-) -> Fista:
+) -> Solver:
     """Build the solver for one operator.
 
     Args:
@@ -116,26 +88,26 @@ def fista(
         relative gap of 1e-2 and half of those to 1e-3. Only `run` does it: `update` never restarts.
 
     Returns:
-      `Fista(init, update, run)`. An image whose gap is not finite, because its target holds NaN,
+      The solver. An image whose gap is not finite, because its target holds NaN,
       ends at once and is reported unconverged.
 
     Raises:
       ValueError: if a number that is known while tracing is out of its range.
     """
-    _check("lam", lam, lambda v: 0 <= v < np.inf, "finite and not negative")
-    _check(
+    check_number("lam", lam, lambda v: 0 <= v < np.inf, "finite and not negative")
+    check_number(
         "lipschitz",
         lipschitz,
         lambda v: 0 < v < np.inf,
         "finite and positive; it is 0 only for an operator that is zero",
     )
-    _check("max_iters", max_iters, lambda v: v >= 0, "at least 0")
-    _check("tol", tol, lambda v: v >= 0, "at least 0")
-    _check("gap_every", gap_every, lambda v: v >= 1, "at least 1")
+    check_number("max_iters", max_iters, lambda v: v >= 0, "at least 0")
+    check_number("tol", tol, lambda v: v >= 0, "at least 0")
+    check_number("gap_every", gap_every, lambda v: v >= 1, "at least 1")
     if step is None:
         step = 1 / lipschitz
-    _check("step", step, lambda v: 0 < v < np.inf, "finite and positive")
-    if _is_concrete(step) and _is_concrete(lipschitz) and step * lipschitz > 1 + 1e-5:
+    check_number("step", step, lambda v: 0 < v < np.inf, "finite and positive")
+    if not _is_traced(step, lipschitz) and step * lipschitz > 1 + 1e-5:
         raise ValueError(
             f"step={float(step):.6g} is above 1 / lipschitz = {1 / float(lipschitz):.6g}, where "
             "FISTA may diverge; leave it out or give a smaller one"
@@ -150,7 +122,13 @@ def fista(
             z, az = z_init, op.forward(z_init)
         del o  # Other solvers look at it; FISTA starts at the same point for every target.
         return FistaState(
-            z=z, y=z, az=az, ay=az, t=jnp.ones((), op.dtype), num_iters=jnp.zeros((), jnp.int32)
+            z=z,
+            y=z,
+            az=az,
+            ay=az,
+            t=jnp.ones((), op.dtype),
+            value=jnp.full((), jnp.inf, op.dtype),
+            num_iters=jnp.zeros((), jnp.int32),
         )
 
     def update(state: FistaState, o: jax.Array) -> FistaState:
@@ -166,6 +144,7 @@ def fista(
             az=az,
             ay=az + beta * (az - state.az),
             t=t_next,
+            value=state.value,
             num_iters=state.num_iters + 1,
         )
 
@@ -174,52 +153,34 @@ def fista(
         gap, value = prox.certificate(residual, op.adjoint(residual), state.z, lam=lam)
         return gap, prox.relative_gap(gap, value), value
 
-    def run(o: jax.Array, z_init: jax.Array | None = None) -> tuple[jax.Array, FistaInfo]:
-        def unfinished(carry):
-            _, _, relative, _ = carry
-            reached = (relative <= tol) & (tol > 0)
-            return jnp.isfinite(relative) & ~reached
+    def first_gap(state: FistaState, o: jax.Array) -> jax.Array:
+        return certify(state, o)[1]
 
-        def advance(carry, num_steps):
-            # The inner loop has a length that no image changes. Under vmap it therefore runs
-            # without selects, and only the outer loop freezes the images that are done.
-            state, _, _, value_before = carry
-            state = lax.fori_loop(0, num_steps, lambda _, s: update(s, o), state)
-            gap, relative, value = certify(state, o)
-            if restart:
-                worse = value > value_before
-                state = state._replace(
-                    y=jnp.where(worse, state.z, state.y),
-                    ay=jnp.where(worse, state.az, state.ay),
-                    t=jnp.where(worse, 1, state.t),
-                )
-            return state, gap, relative, value
+    def advance(
+        state: FistaState, o: jax.Array, num_steps: jax.Array
+    ) -> tuple[FistaState, jax.Array]:
+        state = lax.fori_loop(0, num_steps, lambda _, s: update(s, o), state)
+        _, relative, value = certify(state, o)
+        if restart:
+            worse = value > state.value
+            state = state._replace(
+                y=jnp.where(worse, state.z, state.y),
+                ay=jnp.where(worse, state.az, state.ay),
+                t=jnp.where(worse, 1, state.t),
+            )
+        return state._replace(value=value), relative
 
-        state = init(o, z_init)
-        carry = (state, *certify(state, o))
-        carry = lax.while_loop(
-            lambda c: unfinished(c) & (c[0].num_iters + gap_every <= max_iters),
-            lambda c: advance(c, gap_every),
-            carry,
-        )
-        # What is left when max_iters is no multiple of gap_every: at most one turn.
-        carry = lax.while_loop(
-            lambda c: unfinished(c) & (c[0].num_iters < max_iters),
-            lambda c: advance(c, max_iters % gap_every),
-            carry,
-        )
-        state, gap, relative, _ = carry
-        return state.z, FistaInfo(
+    def finish(state: FistaState, o: jax.Array) -> tuple[jax.Array, SolverInfo]:
+        gap, relative, _ = certify(state, o)
+        return state.z, SolverInfo(
             gap=gap, relative_gap=relative, num_iters=state.num_iters, converged=relative <= tol
         )
 
-    return Fista(init=init, update=update, run=run)
+    solver = Solver(
+        init, update, first_gap, advance, finish, first_threshold=1.0, next_threshold=1.0
+    )
+    return run_until_certified(solver, tol=tol, max_iters=max_iters, gap_every=gap_every)
 
 
-def _is_concrete(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)
-
-
-def _check(name: str, value: Any, holds: Callable[[float], bool], expected: str) -> None:
-    if _is_concrete(value) and (np.ndim(value) != 0 or not holds(float(value))):
-        raise ValueError(f"{name}={value!r} must be a scalar, {expected}")
+def _is_traced(*values: Any) -> bool:
+    return any(isinstance(value, jax.core.Tracer) for value in values)

@@ -1,28 +1,42 @@
-"""Lasso for many images: chunks for the device, one compilation, a certificate per image.
+"""Lasso for many images: slots for the device, a certificate per image, one compilation.
 
 Minimises 1/2 ||A z - o||^2 + lam ||z||_1 for each target o on its own. This is the one place where
 the solvers, which know a single image, are vmapped and jitted. The operator and every number are
-arguments of the compiled function, so only a new geometry, chunk size or method compiles again.
+arguments of the compiled functions, so only a new geometry, number of slots or method compiles
+again.
+
+Images differ in the iterations they need, two- to fivefold in one batch, and a batched loop runs
+until its slowest image is done. Here a chunk is a set of slots: all of them advance a few
+iterations at a time, an image that is certified leaves its slot and the next one enters. What an
+image gets does not depend on its neighbours.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from flipad_jax.inversion import linops
+from flipad_jax.inversion import linops, polyphase
 from flipad_jax.inversion.fista import fista
-from flipad_jax.inversion.linops import LinearOperator
+from flipad_jax.inversion.linops import Conv, ConvTranspose, LinearOperator
+from flipad_jax.inversion.polyphase import Polyphase
+from flipad_jax.inversion.preconditioner import preconditioner
+from flipad_jax.inversion.primal_dual import primal_dual
+from flipad_jax.inversion.solver import Solver, finish_after
 
 __all__ = ["LassoInfo", "METHODS", "solve"]
 
-# name -> factory(op, lam=, lipschitz=, max_iters=, tol=) with a `run(o, z_init) -> (z, info)`.
-METHODS = {"fista": fista}
+# name -> factory(op, lam=, max_iters=, tol=, **what `_constants` measures) -> Solver
+METHODS: dict[str, Callable[..., Solver]] = {"primal_dual": primal_dual, "fista": fista}
+
+_LEAVING = 8  # one slot in so many is emptied at a time
+_GAP_EVERY = 10  # iterations between two looks at the gap
+_NOT_YET = float(np.finfo(np.float32).max)  # a bound above every threshold, yet finite
 
 
 class LassoInfo(NamedTuple):
@@ -47,7 +61,7 @@ def solve(
     targets: np.ndarray | jax.Array,
     *,
     lam: float,
-    method: str = "fista",
+    method: str = "primal_dual",
     tol: float = 1e-2,
     max_iters: int = 10_000,
     lipschitz: float | jax.Array | None = None,
@@ -58,20 +72,21 @@ def solve(
     """Minimise 1/2 ||A z - o||^2 + lam ||z||_1 for every target.
 
     Runs on the host around compiled chunks, so it cannot itself be traced; inside jit use
-    `jax.vmap(fista(op, ...).run)`. A warning is logged when an image does not reach `tol`.
+    `jax.vmap(primal_dual(op, ...).run)`. A warning is logged when an image does not reach `tol`.
 
     Args:
       op: the operator A; everything is computed in its dtype.
       targets: `[n, *op.output_shape]`, floating; n may be 0.
       lam: weight, finite and at least 0. Half of the FLIPAD paper's lambda. At 0 there is no
         certificate: the relative gap stays at 1 until the residual is zero.
-      method: a name in `METHODS`.
+      method: a name in `METHODS`: "primal_dual", or "fista" as in the FLIPAD paper.
       tol: relative duality gap to reach; 0 for exactly `max_iters` iterations on every image. For
         targets of 8-bit images and lam = 5e-4, float32 cannot tell gaps below about 5e-4, as the
         residual is then 1e-4 of the target: build the operator in float64 for a tighter one.
       max_iters: iterations after which an image is given up (and reported unconverged).
-      lipschitz: at least ||A||^2; `linops.squared_norm(op)` by default. The step is one over it.
-      chunk_size: images solved at once. By default as many as fit the cache of a CPU or keep an
+      lipschitz: at least ||A||^2, for FISTA, whose step is one over it; `linops.squared_norm(op)`
+        by default.
+      chunk_size: images in work at once. By default as many as fit the cache of a CPU or keep an
         accelerator busy. Memory grows with the output and one chunk, not more.
       z_init: `[n, *op.input_shape]` to start from, for instance the solution at a neighbouring lam.
       progress: called with the number of images done, after each chunk.
@@ -96,66 +111,180 @@ def solve(
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
     # Few images: the next power of two, so that n = 1, 2, ... do not compile once each.
     chunk_size = min(chunk_size, 1 << max(num_images - 1, 0).bit_length())
-    if lipschitz is None:
-        lipschitz = linops.squared_norm(op)
-    numbers: dict[str, Any] = {
-        "lam": lam,
-        "lipschitz": lipschitz,
-        "max_iters": max_iters,
-        "tol": tol,
-    }
-    METHODS[method](op, **numbers)  # Refuses numbers out of range, computes nothing.
-    numbers = {
-        name: np.asarray(value, np.int32 if name == "max_iters" else op.dtype)
-        for name, value in numbers.items()
-    }
-
-    z = jnp.zeros((num_images, *op.input_shape), op.dtype)
-    infos = []
-    for start in range(0, num_images, chunk_size):
-        stop = min(start + chunk_size, num_images)
-        z_chunk, info = _solve_chunk(
-            op,
-            _padded(targets, start, stop, chunk_size, op.dtype),
-            None if z_init is None else _padded(z_init, start, stop, chunk_size, op.dtype),
-            numbers,
-            method=method,
-        )
-        z = _write(z, z_chunk, np.int32(start))
-        # Waits for the chunk: otherwise the inputs of all chunks would be queued in memory.
-        infos.append(jax.tree.map(lambda v: np.asarray(v)[: stop - start], info))  # noqa: B023
-        if progress is not None:
-            progress(stop)
-    if infos:
-        info = LassoInfo(*(jnp.asarray(np.concatenate(values)) for values in zip(*infos)))
-    else:
+    if lipschitz is not None and method != "fista":
+        raise ValueError(f"lipschitz={lipschitz!r} is FISTA's; method={method!r} takes none")
+    packed, constants = _constants(cast(Hashable, op), method)
+    if lipschitz is not None:
+        constants = constants | {"lipschitz": lipschitz}
+    numbers = {"lam": lam, "tol": tol, "max_iters": max_iters, **constants}
+    METHODS[method](packed, **numbers)  # Refuses numbers out of range, computes nothing.
+    if num_images == 0:
         nothing = jnp.zeros(0, op.dtype)
         info = LassoInfo(nothing, nothing, nothing.astype(jnp.int32), nothing.astype(bool))
+        return jnp.zeros((0, *op.input_shape), op.dtype), info
+    numbers |= {
+        name: np.asarray(numbers[name], np.int32 if name == "max_iters" else op.dtype)
+        for name in ("lam", "tol", "max_iters")
+    }
+    z, info = _solve_in_slots(
+        packed,
+        numbers,
+        targets,
+        z_init,
+        method=method,
+        num_slots=chunk_size,
+        progress=progress or (lambda _: None),
+    )
     _warn_unconverged(info, tol)
     return z, info
 
 
-def _run_chunk(op, targets, z_init, numbers, *, method):
+@functools.lru_cache(maxsize=16)
+def _constants(op: Any, method: str) -> tuple[LinearOperator, dict[str, Any]]:
+    """The operator in the form that is iterated, and what its solver must know of it.
+
+    Remembered per operator object (its weights never change): callers solve in many batches.
+    """
+    packed: LinearOperator = op
+    if isinstance(op, Conv | ConvTranspose):
+        packed = polyphase.polyphase(op)
+    if method == "fista":
+        return packed, {"lipschitz": linops.squared_norm(packed)}
+    return packed, {"preconditioner": preconditioner(packed)}
+
+
+def _solve_in_slots(
+    op: LinearOperator,
+    numbers: dict[str, Any],
+    targets: np.ndarray | jax.Array,
+    z_init: np.ndarray | jax.Array | None,
+    *,
+    method: str,
+    num_slots: int,
+    progress: Callable[[int], None],
+) -> tuple[jax.Array, LassoInfo]:
+    """Solve all images, `num_slots` at a time; packed inside, plain outside."""
+    num_images = targets.shape[0]
+    tol, max_iters = float(numbers["tol"]), int(numbers["max_iters"])
     solver = METHODS[method](op, **numbers)
-    z, info = jax.vmap(solver.run)(targets, z_init)
-    return z, LassoInfo(info.gap, info.relative_gap, info.num_iters, info.converged)
+    first_threshold = tol * solver.first_threshold
+    # `finish` costs some ten iterations, so it runs on the few images that are due, not on all.
+    num_leaving = max(num_slots // _LEAVING, 1)
+
+    def enter(images: np.ndarray, size: int):
+        rows = _padded(targets, images, size, op.dtype)
+        starts = None if z_init is None else _padded(z_init, images, size, op.dtype)
+        return _enter(op, rows, starts, numbers, method=method)
+
+    plain = op.op.input_shape if isinstance(op, Polyphase) else op.input_shape
+    out = jnp.zeros((num_images, *plain), op.dtype)
+    info = (
+        np.full(num_images, np.nan, op.dtype),
+        np.full(num_images, np.nan, op.dtype),
+        np.zeros(num_images, np.int32),
+        np.zeros(num_images, bool),
+    )
+    image = np.full(num_slots, -1)  # what is in a slot; -1: nothing
+    first = np.arange(min(num_slots, num_images))
+    image[first] = first
+    waiting, num_done = first.size, 0
+    state, o, bound = enter(first, num_slots)
+    relative = np.array(bound)
+    threshold = np.full(num_slots, first_threshold)
+    iters = np.zeros(num_slots, np.int64)
+    while num_done < num_images:
+        taken = image >= 0
+        broken = taken & ~np.isfinite(relative)
+        due = broken | (taken & (tol > 0) & (relative <= threshold))
+        last = taken & ~due & (iters + _GAP_EVERY > max_iters)
+        if due.any() or last.any():
+            # At once, so that what an image gets does not depend on when its neighbours are due.
+            given_up = broken | last
+            slots = np.flatnonzero(due if due.any() else last)[:num_leaving]
+            num_steps = 0 if due.any() else max_iters % _GAP_EVERY
+            where = _filled(slots, num_leaving, 0)
+            z, found = _finish(op, state, o, where, np.int32(num_steps), numbers, method=method)
+            found = tuple(np.asarray(values)[: slots.size] for values in found)
+            leaves = found[-1] | given_up[slots]
+            images = np.where(leaves, image[slots], num_images)  # Beyond the end: not written.
+            out = _write(out, z, _filled(images, num_leaving, num_images))
+            for all_values, values in zip(info, found, strict=True):
+                all_values[images[leaves]] = values[leaves]
+            threshold[slots] *= solver.next_threshold
+            relative[slots] = _NOT_YET  # A second attempt comes after more iterations.
+            freed = slots[leaves]
+            image[freed] = -1
+            num_done += freed.size
+            progress(num_done)
+            entering = np.arange(waiting, min(waiting + freed.size, num_images))
+            waiting += entering.size
+            if entering.size:
+                freed = freed[: entering.size]
+                new_state, new_o, bound = enter(entering, num_leaving)
+                where = _filled(freed, num_leaving, num_slots)
+                state, o = _replace((state, o), (new_state, new_o), where)
+                image[freed], iters[freed], threshold[freed] = entering, 0, first_threshold
+                relative[freed] = np.asarray(bound)[: entering.size]
+            continue
+        state, bound = _advance(op, state, o, np.int32(_GAP_EVERY), numbers, method=method)
+        iters[taken] += _GAP_EVERY
+        # Waits for the device: nothing is queued up.
+        relative = np.array(bound)
+    return out, LassoInfo(*(jnp.asarray(values) for values in info))
 
 
-_solve_chunk = jax.jit(_run_chunk, static_argnames="method")
+@functools.partial(jax.jit, static_argnames="method")
+def _enter(op, targets, z_init, numbers, *, method):
+    solver = METHODS[method](op, **numbers)
+    if isinstance(op, Polyphase):
+        targets = polyphase.pack_output(op, targets)
+        z_init = None if z_init is None else polyphase.pack_input(op, z_init)
+    state = jax.vmap(solver.init)(targets, z_init)
+    return state, targets, jax.vmap(solver.first_gap)(state, targets)
+
+
+@functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
+def _advance(op, state, o, num_steps, numbers, *, method):
+    solver = METHODS[method](op, **numbers)
+    return jax.vmap(solver.advance, in_axes=(0, 0, None))(state, o, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _finish(op, state, o, slots, num_steps, numbers, *, method):
+    solver = METHODS[method](op, **numbers)
+    state, o = jax.tree.map(lambda x: x[slots], (state, o))
+    z, info = jax.vmap(functools.partial(finish_after, solver), in_axes=(0, 0, None))(
+        state, o, num_steps
+    )
+    if isinstance(op, Polyphase):
+        z = polyphase.unpack_input(op, z)
+    return z, LassoInfo(*info)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(z: jax.Array, chunk: jax.Array, start: jax.Array) -> jax.Array:
-    """Write a chunk into the output in place; rows beyond the end are padding and dropped."""
-    return z.at[start + jnp.arange(chunk.shape[0])].set(chunk, mode="drop")
+def _replace(slots, new, where):
+    """Put `new` into the slots `where`; an index beyond the last slot is dropped."""
+    return jax.tree.map(lambda all_, some: all_.at[where].set(some, mode="drop"), slots, new)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(out, z, images):
+    """Write solutions into the output in place; an index beyond the end is dropped."""
+    return out.at[images].set(z, mode="drop")
+
+
+def _filled(indices: np.ndarray, size: int, value: int) -> np.ndarray:
+    """Indices as int32, filled up to `size`."""
+    return np.concatenate([indices, np.full(size - len(indices), value)]).astype(np.int32)
 
 
 def _padded(
-    batch: np.ndarray | jax.Array, start: int, stop: int, size: int, dtype: jnp.dtype
+    batch: np.ndarray | jax.Array, images: np.ndarray, size: int, dtype: jnp.dtype
 ) -> np.ndarray:
-    """Rows start to stop and zeros up to `size`; a zero target costs no iteration."""
+    """The rows of some images, and zeros up to `size`."""
     rows = np.zeros((size, *batch.shape[1:]), dtype)
-    rows[: stop - start] = batch[start:stop]
+    if images.size:  # In sequence, so that a slice of the device's array is all that is fetched.
+        rows[: images.size] = batch[int(images[0]) : int(images[-1]) + 1]
     return rows
 
 

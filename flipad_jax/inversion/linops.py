@@ -42,6 +42,7 @@ __all__ = [
     "conv",
     "conv_transpose",
     "dense",
+    "largest_eigenvalue",
     "squared_norm",
     "to_matrix",
 ]
@@ -402,19 +403,40 @@ def to_matrix(op: LinearOperator) -> jax.Array:
     return _materialise(op)
 
 
+def largest_eigenvalue(
+    product: Callable[[jax.Array], jax.Array],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    *,
+    num_iters: int = 500,
+) -> jax.Array:
+    """Upper bound on the largest eigenvalue of a positive semidefinite map; see `squared_norm`.
+
+    Args:
+      product: the map, from an array of `shape` to an array of `shape`.
+      shape: of its argument.
+      dtype: of its argument.
+      num_iters: products, at least 2.
+
+    Returns:
+      Scalar; 0 for the zero map. Can be traced.
+    """
+
+    def normalise(v):
+        return v / jnp.maximum(jnp.linalg.norm(v.reshape(-1)), jnp.finfo(v.dtype).tiny)
+
+    start = normalise(jax.random.normal(jax.random.key(0), shape, dtype))
+    v = lax.fori_loop(0, num_iters - 1, lambda _, v: normalise(product(v)), start)
+    return jnp.asarray(1.03, dtype) * jnp.vdot(v, product(v), precision=lax.Precision.HIGHEST)
+
+
 def _run_power_iteration(op: LinearOperator, *, num_iters: int) -> jax.Array:
     shape = op.input_shape
     products: tuple[Callable, Callable] = (op.forward, op.adjoint)
     if math.prod(op.output_shape) < math.prod(shape):
         shape, products = op.output_shape, products[::-1]
     first, second = products
-
-    def normalise(v):
-        return v / jnp.maximum(jnp.linalg.norm(v.reshape(-1)), jnp.finfo(v.dtype).tiny)
-
-    start = normalise(jax.random.normal(jax.random.key(0), shape, op.dtype))
-    v = lax.fori_loop(0, num_iters - 1, lambda _, v: normalise(second(first(v))), start)
-    return jnp.asarray(1.03, op.dtype) * jnp.sum(jnp.square(first(v)))
+    return largest_eigenvalue(lambda v: second(first(v)), shape, op.dtype, num_iters=num_iters)
 
 
 _power_iteration = jax.jit(_run_power_iteration, static_argnames="num_iters")
