@@ -1,20 +1,32 @@
-"""How fast and how exactly the last layer is inverted.
+"""How fast and how exactly the last layer is inverted, beside everything else that can do it.
 
-For every solver: iterations and seconds per image to a relative duality gap of `--tol` on own and
-on real images, the largest gap recomputed in float64 with a SciPy matrix that is built by loops
-over the kernel, and the speed per iteration relative to a plain FISTA at 1/L in PyTorch on the same
-images and cores, with the same number of iterations. Prints one JSON object per line.
+    python benchmarks/inversion.py --data=layer.npz --plot=inversion.png
 
-Run: python benchmarks/inversion.py --data=layer.npz
+Prints one JSON object per line:
+
+* for each of our solvers and each kind of image: iterations and seconds per image to a relative
+  duality gap of `--tol`, the largest gap recomputed in float64 with a SciPy matrix that is built by
+  loops over the kernel, seconds per iteration and image, and how that compares with the floor, the
+  two matrix products that an iteration cannot do without, timed in the same run;
+* for each peer the same to the same gap, on `--peer_images` images of each kind, and how many times
+  faster the default solver is: FISTA in PyTorch with the published step 0.025 and with 1/L, images
+  that are done leaving the batch; celer, coordinate descent on the sparse matrix; jaxopt's
+  accelerated proximal gradient. A peer that is not installed or not done in `--peer_seconds` is
+  reported as such.
 
 The file holds `kernel [kh, kw, in, out]`, `mean_activation [h, w, in]`, `generated` and `real`
-`[n, H, W, out]` uint8; without it the first generator of the zoo and its own images are used.
+`[n, H, W, out]` uint8; without it the first generator of the zoo and its images are used, or with
+`--layer` a layer of random weights in the shape of a known one. Seconds are the best of
+`--repeats`: other people's load only ever adds.
 """
 
+import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
+import resource
 import time
 
 import jax
@@ -28,15 +40,30 @@ from flipad_jax.generators import sampling, zoo
 from flipad_jax.inversion import final_layer, lasso, linops
 
 _DATA = flags.DEFINE_string("data", None, "npz file with a layer and images; default: the zoo.")
+_LAYER = flags.DEFINE_enum(
+    "layer", None, ["lsgan", "stable_diffusion", "head", "dense"], "Random weights in this shape."
+)
 _STRIDE = flags.DEFINE_integer("stride", 2, "Stride of the layer in --data.", lower_bound=1)
 _PADDING = flags.DEFINE_integer("padding", 1, "Padding of the layer in --data.", lower_bound=0)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images of each kind.", lower_bound=1)
 _TOL = flags.DEFINE_float("tol", 1e-2, "Relative duality gap.", lower_bound=0.0)
 _LAM = flags.DEFINE_float("lam", 5e-4, "Lasso weight (1/2-scale).", lower_bound=0.0)
-_METHODS = flags.DEFINE_list("methods", sorted(lasso.METHODS), "Solvers.")
-_PEER_ITERS = flags.DEFINE_integer("peer_iters", 100, "Iterations of the comparison with PyTorch.")
-_PEER_IMAGES = flags.DEFINE_integer("peer_images", 8, "Images of the comparison with PyTorch.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Interleaved repeats of that comparison.")
+_METHODS = flags.DEFINE_list("methods", list(lasso.METHODS), "Our solvers, the default one first.")
+_PEERS = flags.DEFINE_list(
+    "peers", ["torch_1_over_L", "torch_published", "jaxopt", "celer"], "Other solvers."
+)
+_PEER_IMAGES = flags.DEFINE_integer("peer_images", 4, "Images of each kind for the peers.")
+_PEER_SECONDS = flags.DEFINE_float("peer_seconds", 240, "A peer that takes longer is stopped.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of our solvers.", lower_bound=1)
+_PLOT = flags.DEFINE_string("plot", None, "PNG of the gap against seconds.")
+
+# name -> builder of its last layer; [P1]'s LSGAN, a decoder of latent diffusion, a 1 x 1 head.
+SHAPES = {
+    "lsgan": (linops.conv, (3, 3, 64, 3), (64, 64, 64), {"padding": 1}),
+    "stable_diffusion": (linops.conv, (3, 3, 128, 3), (512, 512, 128), {"padding": 1}),
+    "head": (linops.conv, (1, 1, 64, 3), (256, 256, 64), {}),
+    "dense": (None, (1024, 768), (1024,), {}),
+}
 
 
 def load_file(path, num_images):
@@ -76,68 +103,165 @@ def load_zoo(num_images):
     )
 
 
+def load_shape(name, num_images):
+    """A layer of random weights and the images it makes of sparse activations."""
+    make, kernel_shape, shape, options = SHAPES[name]
+    rng = np.random.default_rng(0)
+    kernel = 0.1 * rng.standard_normal(kernel_shape).astype(np.float32)
+    if make is None:
+        op = linops.dense(0.3 * kernel, shape, (16, 16, 3))
+    else:
+        op = make(kernel, shape, **options)
+    layer = final_layer.FinalLayer(op)
+
+    def image(seed):
+        values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        return data.to_uint8(np.asarray(final_layer.forward(layer, jnp.maximum(values, 0)))[None])
+
+    own = np.concatenate([image(seed) for seed in range(1, num_images + 1)])
+    return layer, np.full(shape, 1 / math.sqrt(2 * math.pi), np.float32), {"own": own}
+
+
 def sparse_matrix(op):
-    """`[out_size, in_size]` float64 matrix of a transposed convolution, without its code."""
-    h, w, c_in = op.input_shape
-    tall, wide, c_out = op.output_shape
+    """`[out_size, in_size]` float64 matrix of a layer, without its code."""
+    if isinstance(op, linops.Dense):
+        return scipy.sparse.csr_matrix(np.asarray(op.matrix, np.float64).T)
+    transposed = isinstance(op, linops.ConvTranspose)
+    # A convolution is the transpose of a transposed one with channels exchanged.
+    small, large = (op.input_shape, op.output_shape)[:: 1 if transposed else -1]
     kernel = np.asarray(op.kernel, np.float64)
-    i, j, c = np.meshgrid(np.arange(h), np.arange(w), np.arange(c_in), indexing="ij")
-    column = (i * w + j) * c_in + c
+    if not transposed:
+        kernel = kernel.swapaxes(2, 3)
+    h, w, c_small = small
+    tall, wide, c_large = large
+    i, j, c = np.meshgrid(np.arange(h), np.arange(w), np.arange(c_small), indexing="ij")
+    column = (i * w + j) * c_small + c
     rows, columns, values = [], [], []
     for a in range(kernel.shape[0]):
         for b in range(kernel.shape[1]):
             y = i * op.strides[0] + a - op.padding[0][0]
             x = j * op.strides[1] + b - op.padding[1][0]
             inside = (y >= 0) & (y < tall) & (x >= 0) & (x < wide)
-            for k in range(c_out):
-                rows.append(((y * wide + x) * c_out + k)[inside])
+            for k in range(c_large):
+                rows.append(((y * wide + x) * c_large + k)[inside])
                 columns.append(column[inside])
                 values.append(kernel[a, b, :, k][c][inside])
-    return scipy.sparse.csr_matrix(
+    matrix = scipy.sparse.csr_matrix(
         (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))),
-        shape=(math.prod(op.output_shape), math.prod(op.input_shape)),
+        shape=(math.prod(large), math.prod(small)),
     )
+    return matrix if transposed else matrix.T.tocsr()
 
 
-def exact_relative_gaps(matrix, images, z_bar, z, lam):
-    """Relative gaps of z - z_bar in float64, from the images on, as primal minus dual objective."""
-    x = np.clip(images.astype(np.float64) / 127.5 - 1, -1 + 1e-4, 1 - 1e-4)
+def exact_relative_gaps(matrix, targets, z, lam):
+    """Relative gaps of z [n, ...] in float64, as primal minus dual objective."""
     gaps = []
-    for image, solution in zip(np.arctanh(x), z, strict=True):
-        o = image.ravel() - matrix @ z_bar.astype(np.float64).ravel()
-        shifted = (solution.astype(np.float64) - z_bar).ravel()
-        residual = o - matrix @ shifted
+    for o, solution in zip(targets, z, strict=True):
+        solution = np.asarray(solution, np.float64).ravel()
+        residual = o - matrix @ solution
         scale = min(1, lam / np.abs(matrix.T @ residual).max())
-        value = 0.5 * residual @ residual + lam * np.abs(shifted).sum()
+        value = 0.5 * residual @ residual + lam * np.abs(solution).sum()
         dual = 0.5 * o @ o - 0.5 * np.sum((o - scale * residual) ** 2)
         gaps.append((value - dual) / value)
     return np.array(gaps)
 
 
-def torch_fista(op, targets, lam, lipschitz, num_iters):
-    """Plain FISTA with PyTorch's convolutions, for a fixed number of iterations."""
+def exact_targets(matrix, images, z_bar):
+    """o - A z_bar `[n, out_size]` in float64, from the images on."""
+    x = np.clip(images.astype(np.float64) / 127.5 - 1, -1 + 1e-4, 1 - 1e-4)
+    return np.arctanh(x).reshape(len(x), -1) - matrix @ z_bar.astype(np.float64).ravel()
+
+
+def torch_fista(op, targets, lam, step, tol, max_seconds, gap_every=50):
+    """Plain FISTA with PyTorch's convolutions until every image has reached the gap.
+
+    Returns z `[n, *input_shape]`, iterations `[n]`, seconds, and the course of the median gap.
+    """
     import torch
     import torch.nn.functional as F
 
     torch.set_num_threads(num_cores())
-    weight = torch.from_numpy(np.array(op.kernel).transpose(2, 3, 0, 1).copy())
-    o = torch.from_numpy(np.array(targets).transpose(0, 3, 1, 2).copy())
+    transposed = isinstance(op, linops.ConvTranspose)
+    order = (2, 3, 0, 1) if transposed else (3, 2, 0, 1)
+    weight = torch.from_numpy(np.array(op.kernel).transpose(order).copy())
     stride, padding = op.strides, tuple(p[0] for p in op.padding)
-    zero = torch.zeros(len(o), op.input_shape[2], *op.input_shape[:2])
-
-    def run():
-        with torch.no_grad():
-            z, y, t = zero, zero, 1.0
-            for _ in range(num_iters):
-                residual = F.conv_transpose2d(y, weight, stride=stride, padding=padding) - o
-                v = y - F.conv2d(residual, weight, stride=stride, padding=padding) / lipschitz
-                z_next = F.softshrink(v, lam / lipschitz)
+    options = {"stride": stride, "padding": padding}
+    there, back = (F.conv_transpose2d, F.conv2d)[:: 1 if transposed else -1]
+    forward = functools.partial(there, weight=weight, **options)
+    adjoint = functools.partial(back, weight=weight, **options)
+    o = torch.from_numpy(np.array(targets).transpose(0, 3, 1, 2).copy())
+    z = torch.zeros(len(o), op.input_shape[2], *op.input_shape[:2])
+    y, t, active = z.clone(), 1.0, torch.arange(len(o))
+    out, iterations, course = torch.zeros_like(z), np.zeros(len(o), int), []
+    gaps = np.ones(len(o))
+    start, count = time.perf_counter(), 0
+    with torch.no_grad():
+        while len(active) and time.perf_counter() - start < max_seconds:
+            for _ in range(gap_every):
+                v = y - adjoint(forward(y) - o) * step
+                z_next = F.softshrink(v, lam * step)
                 t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
                 y = z_next + (t - 1) / t_next * (z_next - z)
                 z, t = z_next, t_next
-            return z.permute(0, 2, 3, 1).numpy()
+            count += gap_every
+            residual = o - forward(z)
+            g = adjoint(residual)
+            scale = (lam / g.abs().amax((1, 2, 3))).clamp(max=1)
+            energy = 0.5 * residual.square().sum((1, 2, 3))
+            slack = (lam * z.abs() - scale[:, None, None, None] * z * g).sum((1, 2, 3))
+            value = energy + lam * z.abs().sum((1, 2, 3))
+            relative = ((1 - scale) ** 2 * energy + slack) / value
+            gaps[active.numpy()] = relative.numpy()
+            course.append((time.perf_counter() - start, float(np.median(gaps))))
+            out[active], iterations[active.numpy()] = z, count
+            on = relative > tol
+            o, z, y, active = o[on], z[on], y[on], active[on]
+    seconds = time.perf_counter() - start
+    return out.permute(0, 2, 3, 1).numpy(), iterations, seconds, course
 
-    return run
+
+def jaxopt_fista(op, targets, lam, lipschitz, num_iters):
+    """jaxopt's accelerated proximal gradient for given iterations, image by image."""
+    import jaxopt
+
+    def smooth(z, o):
+        return 0.5 * jnp.sum((op.forward(z) - o) ** 2)
+
+    def solve(o, maxiter):
+        solver = jaxopt.ProximalGradient(
+            smooth, jaxopt.prox.prox_lasso, stepsize=1 / lipschitz, maxiter=maxiter, tol=0
+        )
+        return solver.run(jnp.zeros(op.input_shape), lam, o=o).params
+
+    solved, seconds = [], 0.0
+    for o, count in zip(targets, num_iters, strict=True):
+        run = jax.jit(functools.partial(solve, maxiter=int(count)))
+        compiled = run.lower(o).compile()
+        start = time.perf_counter()
+        solved.append(jax.block_until_ready(compiled(o)))
+        seconds += time.perf_counter() - start
+    return np.stack([np.asarray(z) for z in solved]), seconds
+
+
+def celer_lasso(matrix, o, lam, tol):
+    """celer on the sparse matrix, one target; its tolerance is relative to the target."""
+    from celer import Lasso
+
+    model = Lasso(alpha=lam / o.size, fit_intercept=False, tol=tol, max_iter=1000)
+    x = scipy.sparse.csc_matrix(matrix)
+    start = time.perf_counter()
+    model.fit(x, o)
+    return model.coef_, int(model.n_iter_), time.perf_counter() - start
+
+
+def within(seconds, function, *args):
+    """`function(*args)` in a process of its own, or None if it takes longer."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        try:
+            return pool.apply_async(function, args).get(timeout=seconds)
+        except multiprocessing.TimeoutError:
+            return None
 
 
 def num_cores():
@@ -145,90 +269,216 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def compare_with_torch(layer, z_bar, images, method, lipschitz):
-    """Seconds of PyTorch over ours, same iterations, same images; None without PyTorch."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return None
-    op, count = layer.operator, _PEER_ITERS.value
-    targets = final_layer.targets(layer, images[: _PEER_IMAGES.value])
-    targets = targets - op.forward(jnp.asarray(z_bar))[None]
-    options = {"lam": _LAM.value, "tol": 0, "max_iters": count, "lipschitz": lipschitz}
+def best_seconds(function):
+    """Best of `--repeats` after a warm-up; and the last result."""
+    result = jax.block_until_ready(function())
+    seconds = []
+    for _ in range(_REPEATS.value):
+        start = time.perf_counter()
+        result = jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
 
-    def ours():
-        return jax.block_until_ready(lasso.solve(op, targets, method=method, **options))[0]
 
-    theirs = torch_fista(op, targets, _LAM.value, lipschitz, count)
-    difference = np.abs(np.asarray(ours()) - theirs()).max()  # Also the warm-up of both.
-    seconds = {ours: [], theirs: []}
-    for _ in range(_REPEATS.value):  # Interleaved, so that a busy machine slows both.
-        for run in (ours, theirs):
-            start = time.perf_counter()
-            run()
-            seconds[run].append(time.perf_counter() - start)
-    ratios = np.array(seconds[theirs]) / np.array(seconds[ours])
-    per_iteration = 1e6 / (count * len(targets))
-    return {
-        "iterations": count,
-        "images": len(targets),
-        "ratio_median": float(np.median(ratios)),
-        "ratio_min": float(ratios.min()),
-        "ratio_max": float(ratios.max()),
-        "us_per_image_iteration": float(np.median(seconds[ours]) * per_iteration),
-        "torch_us_per_image_iteration": float(np.median(seconds[theirs]) * per_iteration),
-        "max_abs_difference_of_z": float(difference),
+def floor_seconds(op, num_images):
+    """Seconds per image of the two matrix products of one iteration."""
+    if isinstance(op, linops.Dense):
+        positions, inner, outer = 1, *op.matrix.shape
+    else:
+        narrow = op.input_shape if isinstance(op, linops.ConvTranspose) else op.output_shape
+        positions, inner = narrow[0] * narrow[1], op.kernel.shape[2]
+        outer = math.prod(op.kernel.shape) // inner
+    wide, tall = jnp.ones((num_images * positions, inner)), jnp.ones((inner, outer))
+    there = jax.jit(lambda a, b: a @ b)
+    back = jax.jit(lambda a, b: a @ b.T)
+    thin = there(wide, tall)
+    calls = max(1, int(2e9 // (4 * wide.size * outer)))
+
+    def run():
+        for _ in range(calls):
+            result = (there(wide, tall), back(thin, tall))
+        return result
+
+    return best_seconds(run)[0] / (calls * num_images)
+
+
+def measure(layer, z_bar, images, method, matrix):
+    """The line of one of our solvers on one kind of image; z is measured against the matrix."""
+    op = layer.operator
+    options = {"lam": _LAM.value, "method": method}
+    seconds, (z, info) = best_seconds(
+        lambda: final_layer.invert(layer, images, z_bar, tol=_TOL.value, **options)
+    )
+    chunk = images[: lasso._default_chunk_size(op)]
+    few, many = (
+        best_seconds(
+            lambda n=n: final_layer.invert(layer, chunk, z_bar, tol=0, max_iters=n, **options)
+        )[0]
+        for n in (20, 120)
+    )
+    per_iteration = (many - few) / (100 * len(chunk))
+    floor = floor_seconds(op, len(chunk))
+    row = {
+        "images": len(images),
+        "seconds_per_image": seconds / len(images),
+        "iterations_mean": float(np.mean(info.num_iters)),
+        "iterations_max": int(np.max(info.num_iters)),
+        "unconverged": int(np.sum(~np.asarray(info.converged))),
+        "max_relative_gap_reported": float(np.max(info.relative_gap)),
+        "us_per_image_iteration": 1e6 * per_iteration,
+        "over_floor": per_iteration / floor,
+        "floor_us": 1e6 * floor,
     }
+    if matrix is not None:
+        shifted = np.asarray(z) - z_bar
+        targets = exact_targets(matrix, images, z_bar)
+        exact = exact_relative_gaps(matrix, targets, shifted, _LAM.value)
+        row["max_relative_gap_float64"] = float(exact.max())
+        row["max_error_of_reported_gap"] = float(np.abs(exact - info.relative_gap).max())
+        row["fraction_above_1e-3_of_largest"] = float(
+            np.mean(np.abs(shifted) > 1e-3 * np.abs(shifted).max())
+        )
+    return row
+
+
+def peer_rows(layer, z_bar, images, matrix, default):
+    """Yield the line of every peer: `default` is seconds per image of our default solver."""
+    op, lam, tol = layer.operator, _LAM.value, _TOL.value
+    kinds = list(images)
+    some = np.concatenate([images[kind][: _PEER_IMAGES.value] for kind in kinds])
+    ours = np.mean([default[kind] for kind in kinds])
+    targets = final_layer.targets(layer, some) - op.forward(jnp.asarray(z_bar))[None]
+    exact_o = exact_targets(matrix, some, z_bar)
+    lipschitz = float(linops.squared_norm(op))
+    counts = None
+    for peer in _PEERS.value:
+        row = {"benchmark": "inversion", "peer": peer, "images": len(some), "tol": tol}
+        course = None
+        try:
+            if peer.startswith("torch"):
+                step = 0.025 if peer == "torch_published" else 1 / lipschitz
+                z, iterations, seconds, course = torch_fista(
+                    op, targets, lam, step, tol, _PEER_SECONDS.value
+                )
+                row["iterations_mean"] = float(iterations.mean())
+                counts = iterations if peer == "torch_1_over_L" else counts
+            elif peer == "jaxopt":
+                if counts is None:
+                    raise ImportError("needs the iterations of torch_1_over_L; list that first")
+                z, seconds = jaxopt_fista(op, targets, lam, lipschitz, counts)
+                row["iterations_mean"] = float(np.mean(counts))
+            elif peer == "celer":
+                # One image, at a tolerance that amounts to ours: relative to the objective.
+                z0, _ = lasso.solve(op, targets[:1], lam=lam, tol=tol)
+                value = lam * float(jnp.abs(z0).sum())
+                found = within(
+                    _PEER_SECONDS.value,
+                    celer_lasso,
+                    matrix,
+                    exact_o[0],
+                    lam,
+                    tol * value / float(exact_o[0] @ exact_o[0]),
+                )
+                if found is None:
+                    row["not_done_after_seconds"] = _PEER_SECONDS.value
+                    row["default_is_faster_by_at_least"] = _PEER_SECONDS.value / ours
+                    yield row, None
+                    continue
+                z, row["iterations_mean"], seconds = found
+                z, row["images"] = z[None], 1
+            else:
+                raise ValueError(f"--peers={peer} is unknown")
+        except ImportError as error:
+            yield row | {"missing": str(error)}, None
+            continue
+        gaps = exact_relative_gaps(matrix, exact_o[: row["images"]], z, lam)
+        row |= {
+            "seconds_per_image": seconds / row["images"],
+            "max_relative_gap_float64": float(gaps.max()),
+            "reached": bool(gaps.max() <= 1.05 * tol),
+            "default_is_faster_by": seconds / row["images"] / ours,
+        }
+        yield row, course and (row["images"], course)
+
+
+def our_course(layer, z_bar, images, method):
+    """(seconds per image, median gap) after 10, 20, 40, ... iterations."""
+    course = []
+    for count in (10, 20, 40, 80, 160, 320, 640, 1280):
+        seconds, (_, info) = best_seconds(
+            lambda n=count: final_layer.invert(
+                layer, images, z_bar, tol=0, max_iters=n, lam=_LAM.value, method=method
+            )
+        )
+        course.append((seconds, float(np.median(info.relative_gap))))
+    return len(images), course
+
+
+def draw(courses, path):
+    """Gap against seconds per image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, (count, course) in courses.items():
+        seconds, gaps = np.array(course).T
+        axes.loglog(seconds / count, gaps, label=name, marker="." if len(gaps) < 20 else None)
+    axes.set_xlabel("seconds per image")
+    axes.set_ylabel("relative duality gap (median)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def main(argv):
-    """Run every solver and print its line."""
+    """Run every solver and print its lines."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    source = _DATA.value or "zoo"
-    if _DATA.value is None:
-        layer, z_bar, images = load_zoo(_NUM_IMAGES.value)
-    else:
+    if _LAYER.value:
+        layer, z_bar, images = load_shape(_LAYER.value, _NUM_IMAGES.value)
+    elif _DATA.value:
         layer, z_bar, images = load_file(_DATA.value, _NUM_IMAGES.value)
+    else:
+        layer, z_bar, images = load_zoo(_NUM_IMAGES.value)
     op = layer.operator
-    matrix = sparse_matrix(op)
-    lipschitz = float(linops.squared_norm(op))
-    options = {"lam": _LAM.value, "tol": _TOL.value, "lipschitz": lipschitz}
+    # A matrix of more than 50 million nonzeros is not built: the gap is then the reported one.
+    elements = 0
+    if not isinstance(op, linops.Dense):
+        elements = math.prod(op.output_shape) * math.prod(op.kernel.shape[:3])
+    matrix = sparse_matrix(op) if elements < 5e7 else None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    default = {}
     for method in _METHODS.value:
-        row = {
-            "benchmark": "inversion",
-            "data": os.path.basename(source),
-            "method": method,
-            "tol": _TOL.value,
-            "lam": _LAM.value,
-        }
-        row |= {"device": jax.devices()[0].device_kind, "machine": platform.machine()}
-        row |= {"jax": jax.__version__, "lipschitz_bound": lipschitz}
         for kind, batch in images.items():
-            # Warm-up with the same chunk shape: compile time stays outside.
-            final_layer.invert(
-                layer, batch, z_bar, method=method, max_iters=1, **options | {"tol": 0}
-            )
-            start = time.perf_counter()
-            z, info = jax.block_until_ready(
-                final_layer.invert(layer, batch, z_bar, method=method, **options)
-            )
-            seconds = time.perf_counter() - start
-            exact = exact_relative_gaps(matrix, batch, z_bar, np.asarray(z), _LAM.value)
-            reported = np.asarray(info.relative_gap)
-            row[kind] = {
-                "images": len(batch),
-                "seconds_per_image": seconds / len(batch),
-                "iterations_mean": float(np.mean(info.num_iters)),
-                "iterations_max": int(np.max(info.num_iters)),
-                "unconverged": int(np.sum(~np.asarray(info.converged))),
-                "max_relative_gap_reported": float(reported.max()),
-                "max_relative_gap_float64": float(exact.max()),
-                "max_error_of_reported_gap": float(np.abs(exact - reported).max()),
-                "nonzero_fraction": float(np.mean(np.asarray(z) != np.asarray(z_bar)[None])),
+            row = {
+                "benchmark": "inversion",
+                "layer": _LAYER.value or os.path.basename(_DATA.value or zoo.names()[0]),
+                "method": method,
+                "kind": kind,
+                "tol": _TOL.value,
+                "lam": _LAM.value,
+                "device": jax.devices()[0].device_kind,
+                "machine": platform.machine(),
+                "jax": jax.__version__,
             }
-        row["torch"] = compare_with_torch(layer, z_bar, images["own"], method, lipschitz)
-        print(json.dumps(row), flush=True)
+            row |= measure(layer, z_bar, batch, method, matrix)
+            if method == _METHODS.value[0]:
+                default[kind] = row["seconds_per_image"]
+            print(json.dumps(row), flush=True)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"benchmark": "inversion", "peak_MiB_of_solving": (after - before) / 1024}))
+    courses = {}
+    if matrix is not None and not isinstance(op, linops.Dense):
+        for row, course in peer_rows(layer, z_bar, images, matrix, default):
+            print(json.dumps(row), flush=True)
+            if course:
+                courses[row["peer"]] = course
+    if _PLOT.value:
+        some = np.concatenate([batch[: _PEER_IMAGES.value] for batch in images.values()])
+        ours = {m: our_course(layer, z_bar, some, m) for m in _METHODS.value}
+        draw(ours | courses, _PLOT.value)
 
 
 if __name__ == "__main__":

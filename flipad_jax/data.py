@@ -97,17 +97,20 @@ def to_float(images: Any) -> Any:
     """Maps 8-bit images to [-1, 1]: x = u / 127.5 - 1.
 
     Args:
-      images: uint8 array of any shape, NumPy or JAX (also traced).
+      images: uint8 array of any shape, NumPy or JAX (also traced); float32 or float64 images are in
+        [-1, 1] already and keep their values.
     Returns:
       float32 array of the same shape and kind; 0 becomes exactly -1 and 255 exactly 1.
     Raises:
-      ValueError: for any other dtype, because a float image is in [-1, 1] already.
+      ValueError: for any other dtype.
     """
     images = images if hasattr(images, "dtype") else np.asarray(images)
+    if images.dtype in (np.float32, np.float64):
+        return images.astype(np.float32)
     if images.dtype != np.uint8:
         raise ValueError(
-            f"to_float takes uint8 images, got {images.dtype}; float images in [-1, 1] need no "
-            "conversion, integers of another type have to be cast to uint8 first"
+            f"to_float takes uint8 images, or floating ones in [-1, 1], got {images.dtype}; cast "
+            "integers of another type to uint8 first"
         )
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 

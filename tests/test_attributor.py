@@ -13,6 +13,7 @@ from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import calibration
 from flipad_jax.detection.deepsad import DeepSADConfig
+from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.inversion.final_layer import forward
 
@@ -86,13 +87,13 @@ def test_calibration_images_fit_nothing(monkeypatch):
     monkeypatch.setattr(
         attribution.one_class,
         "fit",
-        lambda own, reference, config: seen.append((own, reference))
-        or original(own, reference, config),
+        lambda own, reference, config, **options: seen.append((own, reference))
+        or original(own, reference, config, **options),
     )
     fitted = fit()
     own, reference = seen[0]
     assert (len(own), len(reference)) == (200, 100)
-    z, _ = flipad_jax.invert(LAYER, OWN, Z_BAR, tol=0.0, max_iters=15)
+    z, _ = flipad_jax.invert(LAYER, OWN, Z_BAR, tol=0.0, max_iters=15, method="fista")
     every = np.asarray(z) - Z_BAR[None]
     rows = {row.tobytes(): i for i, row in enumerate(np.round(every, 3).reshape(400, -1))}
     used = [
@@ -107,11 +108,49 @@ def test_calibration_images_fit_nothing(monkeypatch):
     )
 
 
+def test_impostors_teach_a_fourth_statistic(tmp_path):
+    impostors, _ = model_images(7, 200, model_seed=9)
+    config = AttributorConfig(
+        **QUICK, impostor=ImpostorClassifierConfig(widths=(8,), num_steps=40), num_inverted=100
+    )
+    seen = []
+    fitted = flipad_jax.fit(
+        LAYER,
+        Z_BAR,
+        OWN,
+        rng=jax.random.key(0),
+        impostors=impostors,
+        config=config,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    assert ("learning from impostors, steps", 40, 40) in seen
+    assert ("inverting own images", 200, 200) in seen  # 100 for reference and 100 of 200.
+    assert fitted.detector.reference.shape == (4, 100)
+    images = np.concatenate([OWN[:5], REAL[:5]])
+    flipad_jax.save(fitted, tmp_path)
+    np.testing.assert_array_equal(
+        flipad_jax.score(flipad_jax.load(tmp_path), images), flipad_jax.score(fitted, images)
+    )
+    with pytest.raises(ValueError, match="takes no images of impostors"):
+        flipad_jax.fit(
+            LAYER,
+            Z_BAR,
+            OWN,
+            REAL,
+            rng=jax.random.key(0),
+            impostors=impostors,
+            config=AttributorConfig(detector="deepsad"),
+        )
+
+
 @pytest.mark.parametrize("features", ["activations", "pixels", "dct"])
 def test_deepsad_on_every_kind_of_features(features, tmp_path):
     fitted = fit("deepsad", features)
     scores = flipad_jax.score(fitted, OWN[:10])
     assert np.isfinite(scores).all()
+    # Floating images are judged as the 8-bit ones that they are.
+    floats = data.to_float(OWN[:10])
+    np.testing.assert_allclose(flipad_jax.score(fitted, floats), scores, rtol=1e-3)
     flipad_jax.save(fitted, tmp_path / "a")
     np.testing.assert_array_equal(
         flipad_jax.score(flipad_jax.load(tmp_path / "a"), OWN[:10]), scores
@@ -202,6 +241,7 @@ def test_wrong_calls_are_refused():
         ({"detector": "deepsad", "features": "audio"}, "features"),
         ({"calibration_share": 0.6}, "calibration_share"),
         ({"tol": float("nan")}, "tol"),
+        ({"num_inverted": 5}, "num_inverted=5"),
     ):
         with pytest.raises(ValueError, match=message):
             AttributorConfig(**config)

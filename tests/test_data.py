@@ -77,7 +77,14 @@ def test_to_uint8_clips_and_refuses_nan_and_integers():
         data.to_uint8(np.zeros((2,), np.int64))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16, bool])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_to_float_keeps_floating_images(dtype):
+    x = np.linspace(-1, 1, 7, dtype=dtype)
+    assert data.to_float(x).dtype == np.float32
+    np.testing.assert_array_equal(data.to_float(x), x.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int32, np.uint16, bool])
 def test_to_float_refuses_other_types(dtype):
     with pytest.raises(ValueError, match=np.dtype(dtype).name):
         data.to_float(np.zeros((1, 2, 2, 1), dtype))

@@ -1,12 +1,14 @@
 """The one-class detector against scikit-learn and against samples of known distributions."""
 
+import jax
 import numpy as np
 import pytest
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
 from flipad_jax import metrics
-from flipad_jax.detection import one_class
+from flipad_jax.detection import impostor_classifier, one_class
+from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 
 SHAPE = (6, 6, 4)
@@ -123,3 +125,39 @@ def test_input_that_cannot_be_fitted(own, reference, message):
 def test_settings_out_of_range(options):
     with pytest.raises(ValueError, match="OneClassConfig"):
         OneClassConfig(**options)
+
+
+def test_a_classifier_is_one_statistic_more(fitted):
+    images = np.random.default_rng(0).integers(0, 255, (150, 8, 8, 1), np.uint8)
+    classifier = impostor_classifier.fit(
+        jax.random.key(0),
+        images[:100],
+        images[50:],
+        ImpostorClassifierConfig(widths=(4,), num_steps=2),
+    )
+    reference = activations(2, 150)
+    model = one_class.fit(
+        activations(1, 150), reference, CONFIG, classifier=classifier, reference_images=images
+    )
+    assert model.reference.shape == (4, 150)
+    test = activations(3, 20)
+    found = one_class.statistics(model, test, images[:20])
+    np.testing.assert_array_equal(found[:, :3], one_class.statistics(fitted, test))
+    np.testing.assert_allclose(
+        np.log(found[:, 3]), impostor_classifier.logits(classifier, images[:20]), rtol=1e-5
+    )
+    # Fisher's sum: the fourth p-value counts one and a half times.
+    alone = one_class._log_tail_probability(
+        np.asarray(model.reference[3], float), found[:, 3].astype(float)
+    )
+    np.testing.assert_allclose(
+        one_class.score(model, test, images[:20]) - one_class.score(fitted, test),
+        -3 * alone,
+        rtol=1e-6,
+    )
+    test[4, 0, 0, 0] = np.nan
+    scores = one_class.score(model, test, images[:20])
+    assert np.isnan(scores[4]) and np.isfinite(np.delete(scores, 4)).all()
+    for wrong in (None, images[:3]):
+        with pytest.raises(ValueError, match="needs the 20 images"):
+            one_class.score(model, test, wrong)

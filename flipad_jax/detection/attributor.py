@@ -1,6 +1,6 @@
 """The attributor: last layer, fitted detector and calibration in one object that can be saved.
 
-    attributor = fit(layer, z_bar, generated, rng=jax.random.key(0))
+    attributor = fit(layer, z_bar, generated, rng=jax.random.key(0), impostors=impostors)
     verdicts(attributor, images, fnr=0.005)
 
 `fit` splits the generated images: some fit the detector, the rest (which it never sees) calibrate
@@ -9,7 +9,8 @@ when a verdict is asked for, without fitting again.
 
 Four detectors are one configuration away:
 
-*   `AttributorConfig()`: the one-class detector, own images only (`one_class.py`); the default.
+*   `AttributorConfig()`: the one-class detector, own images only (`one_class.py`), or own images
+    and those of impostors of our own generator (`impostor_classifier.py`); the default.
 *   `AttributorConfig(detector="deepsad")`: FLIPAD, DeepSAD on activations, own against real images.
 *   the same with `features="pixels"` or `features="dct"`: RawPAD and DCTPAD, without inversion.
 """
@@ -28,8 +29,9 @@ import numpy as np
 from flax import serialization, struct, traverse_util
 
 from flipad_jax import data
-from flipad_jax.detection import calibration, deepsad, features, one_class
+from flipad_jax.detection import calibration, deepsad, features, impostor_classifier, one_class
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
+from flipad_jax.detection.impostor_classifier import ImpostorClassifier, ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
 from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer, invert
@@ -56,6 +58,10 @@ class AttributorConfig:
       max_iters: iterations, at most these if `tol` is not 0.
       method: solver, see `lasso.METHODS`.
       one_class: settings of the one-class detector.
+      impostor: settings of its network, which there is if `fit` is given images of impostors.
+      num_inverted: with a network, no more own images than this are inverted for the other
+        statistics; all that neither calibrate nor serve as reference teach the network, which is
+        better the more it sees.
       deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
       calibration_share: share of the generated images that calibrate; the one-class detector takes
         as many again as reference for its tail probabilities.
@@ -70,6 +76,8 @@ class AttributorConfig:
     max_iters: int = 30
     method: str = "fista"
     one_class: OneClassConfig = OneClassConfig()
+    impostor: ImpostorClassifierConfig = ImpostorClassifierConfig()
+    num_inverted: int = 2000
     deepsad: DeepSADConfig | None = None
     calibration_share: float = 0.25
     batch_size: int = 256
@@ -88,6 +96,8 @@ class AttributorConfig:
             raise ValueError(
                 f"calibration_share={self.calibration_share}: expected above 0 and below 0.5"
             )
+        if self.num_inverted < 30:
+            raise ValueError(f"num_inverted={self.num_inverted}: expected 30 at least")
         if self.batch_size < 1 or self.max_iters < 1 or not self.tol >= 0 or not self.lam >= 0:
             raise ValueError(
                 f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: "
@@ -227,6 +237,7 @@ def fit(
     real: np.ndarray | None = None,
     *,
     rng: jax.Array,
+    impostors: np.ndarray | None = None,
     config: AttributorConfig = AttributorConfig(),
     progress: Progress | None = None,
 ) -> Attributor:
@@ -238,14 +249,17 @@ def fit(
       generated: own images, `[n, h, w, c]` uint8 (as they are published) or float32 in [-1, 1].
       real: images that the model was trained on; DeepSAD needs them, the one-class detector takes
         none.
-      rng: key of the split and of DeepSAD.
+      rng: key of the split and of what is trained.
+      impostors: images of changed copies of our generator (`generators.impostors.generate`), some
+        thousands, for the one-class detector. With them it tells other seeds of our architecture
+        far better.
       config: settings.
       progress: called with (what is being done, how much is done, of how much).
     Returns:
       The attributor. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
     Raises:
-      ValueError: for bad images, missing or superfluous `real`, too few images, or inversions that
-        miss their tolerance.
+      ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images, or
+        inversions that miss their tolerance.
     """
     progress = progress or _no_progress
     shape = _image_shape(layer)
@@ -259,6 +273,10 @@ def fit(
         raise ValueError(f"the {config.detector} detector {need}")
     if real is not None:
         real = data.check_images(real, shape=shape)
+    if impostors is not None:
+        if config.detector != "one_class":
+            raise ValueError(f"the {config.detector} detector takes no images of impostors")
+        impostors = data.check_images(impostors, shape=shape)
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -272,8 +290,27 @@ def fit(
     calibrating, rest = order[:num_calibration], order[num_calibration:]
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        own = raw(generated[rest], "inverting own images")
-        detector = one_class.fit(own[num_calibration:], own[:num_calibration], config.one_class)
+        reference, fitting = rest[:num_calibration], rest[num_calibration:]
+        inverted = fitting if impostors is None else fitting[: config.num_inverted]
+        own = raw(generated[np.concatenate([reference, inverted])], "inverting own images")
+        classifier = None
+        if impostors is not None:
+            classifier = impostor_classifier.fit(
+                train_rng,
+                generated[fitting],
+                impostors,
+                config.impostor,
+                progress=lambda step: progress(
+                    "learning from impostors, steps", step, config.impostor.num_steps
+                ),
+            )
+        detector = one_class.fit(
+            own[num_calibration:],
+            own[:num_calibration],
+            config.one_class,
+            classifier=classifier,
+            reference_images=generated[reference],
+        )
     else:
         own = raw(generated[rest], "inverting own images")
         others = raw(real, "inverting real images")
@@ -327,7 +364,7 @@ def score_with_info(
             gap, num_iters = np.full(len(batch), np.nan), np.zeros(len(batch), np.int32)
             converged = np.ones(len(batch), bool)
         if isinstance(detector, OneClass):
-            values = one_class.score(detector, raw)
+            values = one_class.score(detector, raw, batch)
         else:
             values = deepsad.score(
                 detector.model, _prepare(detector.features, jnp.asarray(raw, jnp.float32))
@@ -500,18 +537,25 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
     )
     stored = dict(settings["config"])
     stored["one_class"] = OneClassConfig(**stored["one_class"])
+    stored["impostor"] = ImpostorClassifierConfig(**stored["impostor"])
     if stored["deepsad"] is not None:
         stored["deepsad"] = DeepSADConfig(**stored["deepsad"])
     config = AttributorConfig(**stored)
     arrays = jax.tree.map(jnp.asarray, tree["detector"])
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
+        classifier = None
+        if arrays.get("classifier"):
+            classifier = ImpostorClassifier(
+                arrays["classifier"]["variables"], _image_shape(layer), config.impostor
+            )
         detector = OneClass(
             mean=arrays["mean"],
             directions=arrays["directions"],
             moments=one_class.Gaussian(**arrays["moments"]),
             quantiles=one_class.Gaussian(**arrays["quantiles"]),
             reference=arrays["reference"],
+            classifier=classifier,
             input_shape=geometry["input_shape"],
             config=config.one_class,
         )

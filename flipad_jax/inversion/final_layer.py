@@ -35,7 +35,15 @@ from flipad_jax.inversion import lasso
 from flipad_jax.inversion.lasso import LassoInfo
 from flipad_jax.inversion.linops import LinearOperator
 
-__all__ = ["ACTIVATIONS", "FinalLayer", "forward", "invert", "mean_activation", "targets"]
+__all__ = [
+    "ACTIVATIONS",
+    "FinalLayer",
+    "activate",
+    "forward",
+    "invert",
+    "mean_activation",
+    "targets",
+]
 
 ACTIVATIONS = ("tanh", "sigmoid", "identity")
 
@@ -72,7 +80,11 @@ def forward(layer: FinalLayer, z: jax.Array) -> jax.Array:
     Raises:
       ValueError: if the shape or dtype of `z` or of the bias is not that of the operator.
     """
-    before = layer.operator.forward(z)
+    return activate(layer, layer.operator.forward(z))
+
+
+def activate(layer: FinalLayer, before: jax.Array) -> jax.Array:
+    """Image of what the operator has made, `[h, w, c]` of any size: sigma(before + bias)."""
     if layer.bias is not None:
         before = before + _bias(layer)
     if layer.activation == "tanh":

@@ -33,10 +33,13 @@ from flipad_jax.inversion.linops import Conv, ConvTranspose
 
 __all__ = [
     "Polyphase",
+    "Tap",
+    "moved",
     "pack_input",
     "pack_output",
     "polyphase",
     "preferred_form",
+    "taps",
     "unpack_input",
     "unpack_output",
 ]
@@ -46,7 +49,7 @@ _STATIC = {"static": True}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tap:
+class Tap:
     """Where one kernel row (or column) goes: coarse j in `input_phase` to j + `shift`."""
 
     input_phase: int
@@ -146,7 +149,7 @@ def _output_strides(op: ConvTranspose | Conv) -> tuple[int, int]:
     return op.strides if isinstance(op, ConvTranspose) else (1, 1)
 
 
-def taps(op: ConvTranspose | Conv) -> tuple[list[_Tap], list[_Tap]]:
+def taps(op: ConvTranspose | Conv) -> tuple[list[Tap], list[Tap]]:
     """What each kernel row and each kernel column does on the coarse grid."""
     axes = []
     for size, stride, (low, _) in zip(op.kernel.shape[:2], op.strides, op.padding, strict=True):
@@ -156,9 +159,9 @@ def taps(op: ConvTranspose | Conv) -> tuple[list[_Tap], list[_Tap]]:
             # is s i + k - low.
             coarse, phase = divmod(k - low, stride)
             if isinstance(op, ConvTranspose):
-                axis.append(_Tap(0, phase, coarse))
+                axis.append(Tap(0, phase, coarse))
             else:
-                axis.append(_Tap(phase, 0, -coarse))
+                axis.append(Tap(phase, 0, -coarse))
         axes.append(axis)
     return axes[0], axes[1]
 
@@ -202,8 +205,8 @@ def _mask_output(op: ConvTranspose | Conv, o: jax.Array) -> jax.Array:
     return _masked(op.output_shape, _output_strides(op), o)
 
 
-def _moved(x: jax.Array, shift: int, axis: int, size: int) -> jax.Array:
-    """`out[m] = x[m - shift]` along an axis, zero outside, `size` entries."""
+def moved(x: jax.Array, shift: int, axis: int, size: int) -> jax.Array:
+    """`out[m] = x[m - shift]` along an axis, zero outside, `size` entries: what a tap does."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (shift, size - x.shape[axis] - shift, 0)
     return lax.pad(x, jnp.zeros((), x.dtype), config)
@@ -257,14 +260,14 @@ def _spread(packed: Polyphase, z: jax.Array) -> jax.Array:
     for a in range(s):
         # Rows first, all kernel columns at once.
         parts = [
-            _moved(columns[:, :, k], tap.shift, 0, out_tall)
+            moved(columns[:, :, k], tap.shift, 0, out_tall)
             for k, tap in enumerate(rows_of)
             if tap.output_phase == a
         ]
         summed = sum(parts[1:], parts[0]) if parts else None
         for b in range(t):
             picked = [
-                _moved(summed[:, :, q], tap.shift, 1, out_wide)
+                moved(summed[:, :, q], tap.shift, 1, out_wide)
                 for q, tap in enumerate(columns_of)
                 if tap.output_phase == b and summed is not None
             ]
@@ -283,10 +286,10 @@ def _gather(packed: Polyphase, o: jax.Array) -> jax.Array:
     o = o.reshape(*o.shape[:2], s, t * c_out)
     rows_of, columns_of = taps(op)
     rows = jnp.stack(
-        [_moved(o[:, :, tap.output_phase], -tap.shift, 0, tall) for tap in rows_of], axis=2
+        [moved(o[:, :, tap.output_phase], -tap.shift, 0, tall) for tap in rows_of], axis=2
     ).reshape(tall, o.shape[1], kh, t, c_out)
     gathered = jnp.stack(
-        [_moved(rows[..., tap.output_phase, :], -tap.shift, 1, wide) for tap in columns_of], axis=3
+        [moved(rows[..., tap.output_phase, :], -tap.shift, 1, wide) for tap in columns_of], axis=3
     )
     blocks = []
     for elements in _by_input_phase(op):

@@ -1,0 +1,205 @@
+"""Images of models that are almost ours, made from nothing but our own model.
+
+A detector that learns from own images alone does not know in which directions to look. Its owner
+has more than images: the weights. An *impostor* is a copy of our generator that was changed and
+still draws our pictures, as another training of the same architecture would:
+
+1.  One or two hidden convolutions are jittered, W' = sqrt(1 - a^2) W + a std(W) N(0, 1), later ones
+    more often, with a log-uniform from 0.2 to 1. Batch normalisation takes the statistics of its
+    batch, as it would have learned them. Half of the time one of its scales and offsets is jittered
+    as well.
+2.  The last layer is refitted (60 %): by ridge regression it makes, of the changed activations, the
+    pictures that our model makes of the same latents. Or it is jittered (20 %), or left as it is.
+3.  30 % change the contrast before the last activation by N(1, 0.1).
+
+No rival and no real image is involved. `detection.one_class` learns from them what only our own
+weights do.
+"""
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from flipad_jax.generators import sampling
+from flipad_jax.generators.sampling import TrainedGenerator
+from flipad_jax.inversion import final_layer, polyphase
+from flipad_jax.inversion.final_layer import FinalLayer
+from flipad_jax.inversion.linops import ConvTranspose
+
+__all__ = ["generate"]
+
+_STRENGTH = (0.2, 1.0)
+_IMAGES_REFITTED_ON = 96
+_REFITTED, _JITTERED = 0.6, 0.2  # and the rest unchanged
+_RIDGE = (1e-5, 1e-2)  # over the mean diagonal of the normal equations
+
+
+def generate(
+    generator: TrainedGenerator,
+    rng: jax.Array,
+    num_images: int,
+    *,
+    images_per_impostor: int = 128,
+    progress: Any = None,
+) -> np.ndarray:
+    """Images of impostors of a generator.
+
+    Args:
+      generator: our model.
+      rng: names the stream; impostor i is drawn from `jax.random.fold_in(rng, i)`.
+      num_images: how many images.
+      images_per_impostor: consecutive images that one impostor makes, at least 2.
+      progress: called with the number of images done.
+    Returns:
+      `[num_images, h, w, c]` uint8, on the host.
+    Raises:
+      ValueError: if a number is out of range or the generator has no hidden convolution.
+    """
+    if num_images < 0 or images_per_impostor < 2:
+        raise ValueError(f"{num_images=} must not be negative, {images_per_impostor=} at least 2")
+    if not _hidden(generator.variables["params"], "kernel"):
+        raise ValueError("the generator has no hidden layer that could be changed")
+    layer = sampling.final_layer(generator)
+    images = np.empty((num_images, *generator.image_shape), np.uint8)
+    for index, start in enumerate(range(0, num_images, images_per_impostor)):
+        batch = _impostor(
+            generator, layer, jax.random.fold_in(rng, index), num_images=images_per_impostor
+        )
+        images[start : start + images_per_impostor] = np.asarray(batch)[: num_images - start]
+        if progress is not None:
+            progress(min(start + images_per_impostor, num_images))
+    return images
+
+
+def _hidden(params: Any, name: str) -> list[tuple[str, ...]]:
+    """Paths of the hidden arrays of a name, from the latent to the image."""
+    flat = traverse_util.flatten_dict(params)
+    return sorted(path for path in flat if path[-1] == name and path[0] != "last")
+
+
+def _log_uniform(rng: jax.Array, limits: tuple[float, float]) -> jax.Array:
+    low, high = np.log(limits)
+    return jnp.exp(jax.random.uniform(rng, (), jnp.float32, low, high))
+
+
+def _jittered(rng: jax.Array, weights: jax.Array, strength: jax.Array) -> jax.Array:
+    noise = jax.random.normal(rng, weights.shape, jnp.float32)
+    return jnp.sqrt(1 - strength**2) * weights + strength * weights.std() * noise
+
+
+@functools.partial(jax.jit, static_argnames="num_images")
+def _impostor(
+    generator: TrainedGenerator, layer: FinalLayer, rng: jax.Array, *, num_images: int
+) -> jax.Array:
+    rngs = dict(zip(["latents", "strength", "layers", "norms", "last", "contrast"], _split(rng, 6)))
+    latents = jax.random.normal(rngs["latents"], (num_images, generator.latent_dim), jnp.float32)
+    strength = _log_uniform(rngs["strength"], _STRENGTH)
+    changed = _with_changed_layers(generator.variables, rngs["layers"], rngs["norms"], strength)
+    activations, _ = generator.module.apply(
+        changed, latents, train=True, mutable=["batch_stats"], method="activation"
+    )
+    # The first ones, so that what is left over is not what the last layer was fitted to.
+    few = latents[: max(2, min(_IMAGES_REFITTED_ON, 3 * num_images // 4))]
+    operator = cast(ConvTranspose, layer.operator)
+    wanted = jax.vmap(operator.forward)(sampling.activations(generator, few))
+    kernel = _last_kernel(operator, activations[: len(few)], wanted, rngs["last"], 0.3 * strength)
+    before = jax.vmap(dataclasses.replace(operator, kernel=kernel).forward)(activations)
+    which, how_much = _split(rngs["contrast"], 2)
+    factor = 1 + 0.1 * jax.random.normal(how_much, (), jnp.float32)
+    before = before * jnp.where(jax.random.uniform(which, (), jnp.float32) < 0.3, factor, 1)
+    images = jax.vmap(functools.partial(final_layer.activate, layer))(before)
+    return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
+
+
+def _split(rng: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    return tuple(jax.random.split(rng, count))
+
+
+def _with_changed_layers(variables: Any, layers_rng, norms_rng, strength: jax.Array) -> Any:
+    """Variables with one or two kernels and perhaps one batch normalisation jittered."""
+    flat = traverse_util.flatten_dict(variables["params"])
+    kernels = _hidden(variables["params"], "kernel")
+    choose, how_many, *noises = _split(layers_rng, 2 + len(kernels))
+    # Gumbel's trick draws without replacement; later layers leave more of a mark and come oftener.
+    likely = jnp.log(jnp.arange(1, len(kernels) + 1, dtype=jnp.float32))
+    rank = jnp.argsort(
+        jnp.argsort(-(likely + jax.random.gumbel(choose, likely.shape, jnp.float32)))
+    )
+    count = jax.random.randint(how_many, (), 1, 3)
+    for i, (path, noise) in enumerate(zip(kernels, noises, strict=True)):
+        flat[path] = _jittered(noise, flat[path], jnp.where(rank[i] < count, strength, 0))
+    scales, offsets = (_hidden(variables["params"], name) for name in ("scale", "bias"))
+    if scales and len(scales) == len(offsets):
+        whether, which, *noises = _split(norms_rng, 2 + 2 * len(scales))
+        chosen = jax.random.randint(which, (), 0, len(scales))
+        chosen = jnp.where(jax.random.bernoulli(whether), chosen, -1)
+        for i, (scale, offset) in enumerate(zip(scales, offsets, strict=True)):
+            a = jnp.where(chosen == i, strength, 0)
+            noise = jax.random.normal(noises[2 * i], flat[offset].shape, jnp.float32)
+            flat[offset] = flat[offset] + a * flat[offset].std() * noise
+            noise = jax.random.normal(noises[2 * i + 1], flat[scale].shape, jnp.float32)
+            flat[scale] = flat[scale] * (1 + 0.5 * a * noise)
+    return {**variables, "params": traverse_util.unflatten_dict(flat)}
+
+
+def _last_kernel(
+    op: ConvTranspose, activations: jax.Array, wanted: jax.Array, rng: jax.Array, strength
+) -> jax.Array:
+    which, ridge_rng, noise = _split(rng, 3)
+    share = jax.random.uniform(which, (), jnp.float32)
+    case = (share > _REFITTED).astype(jnp.int32) + (share > _REFITTED + _JITTERED)
+    ridge = _log_uniform(ridge_rng, _RIDGE)
+    return jax.lax.switch(
+        case,
+        [
+            lambda: _refitted(op, activations, wanted, ridge),
+            lambda: _jittered(noise, op.kernel, strength),
+            lambda: op.kernel,
+        ],
+    )
+
+
+def _refitted(
+    op: ConvTranspose, activations: jax.Array, wanted: jax.Array, ridge: jax.Array
+) -> jax.Array:
+    """Kernel that best makes `wanted` [n, H, W, out] of `activations` [n, h, w, in].
+
+    Output pixels of one phase (`polyphase`) share their kernel elements with no other phase, so
+    there is one small least-squares problem per phase.
+    """
+    packed = polyphase.polyphase(op)
+    rows, columns = polyphase.taps(op)
+    wanted = polyphase.pack_output(packed, wanted)
+    tall, wide, _ = packed.output_shape
+    c_in, c_out = op.kernel.shape[2:]
+    kernel = jnp.zeros_like(op.kernel)
+    for a in range(op.strides[0]):
+        for b in range(op.strides[1]):
+            elements = [
+                (k, q)
+                for k, row in enumerate(rows)
+                for q, column in enumerate(columns)
+                if (row.output_phase, column.output_phase) == (a, b)
+            ]
+            if not elements:
+                continue
+            seen = [
+                polyphase.moved(
+                    polyphase.moved(activations, rows[k].shift, 1, tall), columns[q].shift, 2, wide
+                )
+                for k, q in elements
+            ]
+            x = jnp.concatenate(seen, axis=-1).reshape(-1, len(elements) * c_in)
+            phase = a * op.strides[1] + b
+            y = wanted[..., phase * c_out : (phase + 1) * c_out].reshape(-1, c_out)
+            gram = x.T @ x
+            gram = gram + ridge * jnp.trace(gram) / len(gram) * jnp.eye(len(gram), dtype=x.dtype)
+            solved = jax.scipy.linalg.solve(gram, x.T @ y, assume_a="pos")
+            for (k, q), part in zip(elements, solved.reshape(len(elements), c_in, c_out)):
+                kernel = kernel.at[k, q].set(part)
+    return kernel
