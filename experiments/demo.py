@@ -52,17 +52,17 @@ class Config:
         0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
     )
     num_generated: int = setting(
-        12_000, "Own images that the one-class detector learns and calibrates on.", lower_bound=400
+        15_000, "Own images that the one-class detector learns and calibrates on.", lower_bound=400
     )
     num_supervised: int = setting(
         2000, "How many of them FLIPAD, RawPAD, DCTPAD get.", lower_bound=400
     )
     num_impostors: int = setting(
-        8192,
+        12_288,
         "Images of impostors of our own model, for the one-class detector; 0: none.",
         lower_bound=0,
     )
-    impostor_steps: int = setting(900, "Training steps on those.", lower_bound=1)
+    impostor_steps: int = setting(1000, "Training steps on those.", lower_bound=1)
     num_real: int = setting(1500, "Real images that FLIPAD, RawPAD, DCTPAD learn.", lower_bound=8)
     num_test: int = setting(500, "Test images of every source.", lower_bound=8)
     num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
