@@ -416,7 +416,7 @@ def _verdict_table(judged: dict[str, Any], limit: int = 40) -> report.Table:
         for path, score, p_value, _, verdict, reason in judged["rows"][:limit]
     ]
     return report.Table(
-        ["file", "score", "p-value", "verdict"], rows, formats={"score": ".1f", "p-value": ".3f"}
+        ["file", "score", "p-value", "verdict"], rows, formats={"score": ".1f", "p-value": ".4f"}
     )
 
 

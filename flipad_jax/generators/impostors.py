@@ -18,6 +18,7 @@ weights do.
 
 import dataclasses
 import functools
+import math
 from typing import Any, cast
 
 import jax
@@ -82,13 +83,12 @@ def _hidden(params: Any, name: str) -> list[tuple[str, ...]]:
     return sorted(path for path in flat if path[-1] == name and path[0] != "last")
 
 
-def _log_uniform(rng: jax.Array, limits: tuple[float, float]) -> jax.Array:
-    low, high = np.log(limits)
-    return jnp.exp(jax.random.uniform(rng, (), jnp.float32, low, high))
+def _log_uniform(uniform: jax.Array, limits: tuple[float, float]) -> jax.Array:
+    low, high = map(math.log, limits)
+    return jnp.exp(low + (high - low) * uniform)
 
 
-def _jittered(rng: jax.Array, weights: jax.Array, strength: jax.Array) -> jax.Array:
-    noise = jax.random.normal(rng, weights.shape, jnp.float32)
+def _jittered(weights: jax.Array, noise: jax.Array, strength: jax.Array) -> jax.Array:
     return jnp.sqrt(1 - strength**2) * weights + strength * weights.std() * noise
 
 
@@ -96,10 +96,11 @@ def _jittered(rng: jax.Array, weights: jax.Array, strength: jax.Array) -> jax.Ar
 def _impostor(
     generator: TrainedGenerator, layer: FinalLayer, rng: jax.Array, *, num_images: int
 ) -> jax.Array:
-    rngs = dict(zip(["latents", "strength", "layers", "norms", "last", "contrast"], _split(rng, 6)))
-    latents = jax.random.normal(rngs["latents"], (num_images, generator.latent_dim), jnp.float32)
-    strength = _log_uniform(rngs["strength"], _STRENGTH)
-    changed = _with_changed_layers(generator.variables, rngs["layers"], rngs["norms"], strength)
+    latent_rng, choice_rng, noise_rng = jax.random.split(rng, 3)
+    latents = jax.random.normal(latent_rng, (num_images, generator.latent_dim), jnp.float32)
+    strength_u, case_u, ridge_u, contrast_u = jax.random.uniform(choice_rng, (4,), jnp.float32)
+    strength = _log_uniform(strength_u, _STRENGTH)
+    changed, last_noise, contrast = _with_changed_layers(generator.variables, noise_rng, strength)
     activations, _ = generator.module.apply(
         changed, latents, train=True, mutable=["batch_stats"], method="activation"
     )
@@ -107,61 +108,59 @@ def _impostor(
     few = latents[: max(2, min(_IMAGES_REFITTED_ON, 3 * num_images // 4))]
     operator = cast(ConvTranspose, layer.operator)
     wanted = jax.vmap(operator.forward)(sampling.activations(generator, few))
-    kernel = _last_kernel(operator, activations[: len(few)], wanted, rngs["last"], 0.3 * strength)
+    kernel = jax.lax.switch(
+        (case_u > _REFITTED).astype(jnp.int32) + (case_u > _REFITTED + _JITTERED),
+        [
+            lambda: _refitted(
+                operator, activations[: len(few)], wanted, _log_uniform(ridge_u, _RIDGE)
+            ),
+            lambda: _jittered(operator.kernel, last_noise, 0.3 * strength),
+            lambda: operator.kernel,
+        ],
+    )
     before = jax.vmap(dataclasses.replace(operator, kernel=kernel).forward)(activations)
-    which, how_much = _split(rngs["contrast"], 2)
-    factor = 1 + 0.1 * jax.random.normal(how_much, (), jnp.float32)
-    before = before * jnp.where(jax.random.uniform(which, (), jnp.float32) < 0.3, factor, 1)
+    before = before * jnp.where(contrast_u < 0.3, 1 + 0.1 * contrast, 1)
     images = jax.vmap(functools.partial(final_layer.activate, layer))(before)
     return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
 
 
-def _split(rng: jax.Array, count: int) -> tuple[jax.Array, ...]:
-    return tuple(jax.random.split(rng, count))
+def _with_changed_layers(
+    variables: Any, rng: jax.Array, strength: jax.Array
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Variables with one or two kernels and perhaps one batch normalisation jittered.
 
-
-def _with_changed_layers(variables: Any, layers_rng, norms_rng, strength: jax.Array) -> Any:
-    """Variables with one or two kernels and perhaps one batch normalisation jittered."""
+    Also noise for the last kernel, and one normal number: all normal numbers are one draw, because
+    each draw of its own is compiled for half a second.
+    """
     flat = traverse_util.flatten_dict(variables["params"])
-    kernels = _hidden(variables["params"], "kernel")
-    choose, how_many, *noises = _split(layers_rng, 2 + len(kernels))
+    kernels, scales, offsets = (
+        _hidden(variables["params"], name) for name in ("kernel", "scale", "bias")
+    )
+    norms = list(zip(scales, offsets)) if len(scales) == len(offsets) else []
+    last = ("last", "kernel")
+    noisy = [*kernels, *scales, *offsets, last]
+    sizes = [flat[path].size for path in noisy]
+    noise_rng, layer_rng, norm_rng = jax.random.split(rng, 3)
+    *parts, contrast = jnp.split(
+        jax.random.normal(noise_rng, (sum(sizes) + 1,), jnp.float32), np.cumsum(sizes)
+    )
+    noise = {path: part.reshape(flat[path].shape) for path, part in zip(noisy, parts, strict=True)}
+
     # Gumbel's trick draws without replacement; later layers leave more of a mark and come oftener.
+    gumbel = jax.random.gumbel(layer_rng, (len(kernels) + 1,), jnp.float32)
     likely = jnp.log(jnp.arange(1, len(kernels) + 1, dtype=jnp.float32))
-    rank = jnp.argsort(
-        jnp.argsort(-(likely + jax.random.gumbel(choose, likely.shape, jnp.float32)))
-    )
-    count = jax.random.randint(how_many, (), 1, 3)
-    for i, (path, noise) in enumerate(zip(kernels, noises, strict=True)):
-        flat[path] = _jittered(noise, flat[path], jnp.where(rank[i] < count, strength, 0))
-    scales, offsets = (_hidden(variables["params"], name) for name in ("scale", "bias"))
-    if scales and len(scales) == len(offsets):
-        whether, which, *noises = _split(norms_rng, 2 + 2 * len(scales))
-        chosen = jax.random.randint(which, (), 0, len(scales))
-        chosen = jnp.where(jax.random.bernoulli(whether), chosen, -1)
-        for i, (scale, offset) in enumerate(zip(scales, offsets, strict=True)):
+    rank = jnp.argsort(jnp.argsort(-(likely + gumbel[:-1])))
+    how_many = 1 + (gumbel[-1] > -math.log(math.log(2)))  # Above its median: two.
+    for i, path in enumerate(kernels):
+        flat[path] = _jittered(flat[path], noise[path], jnp.where(rank[i] < how_many, strength, 0))
+    if norms:
+        chosen = jax.random.randint(norm_rng, (), -len(norms), len(norms))  # Negative: none.
+        for i, (scale, offset) in enumerate(norms):
             a = jnp.where(chosen == i, strength, 0)
-            noise = jax.random.normal(noises[2 * i], flat[offset].shape, jnp.float32)
-            flat[offset] = flat[offset] + a * flat[offset].std() * noise
-            noise = jax.random.normal(noises[2 * i + 1], flat[scale].shape, jnp.float32)
-            flat[scale] = flat[scale] * (1 + 0.5 * a * noise)
-    return {**variables, "params": traverse_util.unflatten_dict(flat)}
-
-
-def _last_kernel(
-    op: ConvTranspose, activations: jax.Array, wanted: jax.Array, rng: jax.Array, strength
-) -> jax.Array:
-    which, ridge_rng, noise = _split(rng, 3)
-    share = jax.random.uniform(which, (), jnp.float32)
-    case = (share > _REFITTED).astype(jnp.int32) + (share > _REFITTED + _JITTERED)
-    ridge = _log_uniform(ridge_rng, _RIDGE)
-    return jax.lax.switch(
-        case,
-        [
-            lambda: _refitted(op, activations, wanted, ridge),
-            lambda: _jittered(noise, op.kernel, strength),
-            lambda: op.kernel,
-        ],
-    )
+            flat[offset] = flat[offset] + a * flat[offset].std() * noise[offset]
+            flat[scale] = flat[scale] * (1 + 0.5 * a * noise[scale])
+    changed = {**variables, "params": traverse_util.unflatten_dict(flat)}
+    return changed, noise[last], contrast[0]
 
 
 def _refitted(
@@ -177,7 +176,7 @@ def _refitted(
     wanted = polyphase.pack_output(packed, wanted)
     tall, wide, _ = packed.output_shape
     c_in, c_out = op.kernel.shape[2:]
-    kernel = jnp.zeros_like(op.kernel)
+    problems = []
     for a in range(op.strides[0]):
         for b in range(op.strides[1]):
             elements = [
@@ -186,20 +185,28 @@ def _refitted(
                 for q, column in enumerate(columns)
                 if (row.output_phase, column.output_phase) == (a, b)
             ]
-            if not elements:
-                continue
             seen = [
                 polyphase.moved(
                     polyphase.moved(activations, rows[k].shift, 1, tall), columns[q].shift, 2, wide
                 )
                 for k, q in elements
             ]
+            if not elements:
+                continue
             x = jnp.concatenate(seen, axis=-1).reshape(-1, len(elements) * c_in)
             phase = a * op.strides[1] + b
             y = wanted[..., phase * c_out : (phase + 1) * c_out].reshape(-1, c_out)
             gram = x.T @ x
             gram = gram + ridge * jnp.trace(gram) / len(gram) * jnp.eye(len(gram), dtype=x.dtype)
-            solved = jax.scipy.linalg.solve(gram, x.T @ y, assume_a="pos")
-            for (k, q), part in zip(elements, solved.reshape(len(elements), c_in, c_out)):
+            problems.append((elements, gram, x.T @ y))
+    kernel = jnp.zeros_like(op.kernel)
+    # All phases of a size in one call: each call is compiled anew.
+    for size in sorted({len(elements) for elements, _, _ in problems}):
+        alike = [problem for problem in problems if len(problem[0]) == size]
+        solutions = jnp.linalg.solve(
+            jnp.stack([gram for _, gram, _ in alike]), jnp.stack([right for _, _, right in alike])
+        )
+        for (elements, _, _), solved in zip(alike, solutions.reshape(-1, size, c_in, c_out)):
+            for (k, q), part in zip(elements, solved, strict=True):
                 kernel = kernel.at[k, q].set(part)
     return kernel
