@@ -165,6 +165,9 @@ def _solve_in_slots(
 ) -> tuple[jax.Array, LassoInfo]:
     """Solve all images, `num_slots` at a time; packed inside, plain outside."""
     num_images = targets.shape[0]
+    # On the host: a slice of a device array is compiled for each place that it starts at.
+    targets = np.asarray(targets)
+    z_init = None if z_init is None else np.asarray(z_init)
     tol, max_iters = float(numbers["tol"]), int(numbers["max_iters"])
     solver = METHODS[method](op, **numbers)
     first_threshold = tol * solver.first_threshold
@@ -279,12 +282,11 @@ def _filled(indices: np.ndarray, size: int, value: int) -> np.ndarray:
 
 
 def _padded(
-    batch: np.ndarray | jax.Array, images: np.ndarray, size: int, dtype: jnp.dtype
+    batch: np.ndarray, images: np.ndarray, size: int, dtype: jnp.dtype
 ) -> np.ndarray:
     """The rows of some images, and zeros up to `size`."""
     rows = np.zeros((size, *batch.shape[1:]), dtype)
-    if images.size:  # In sequence, so that a slice of the device's array is all that is fetched.
-        rows[: images.size] = batch[int(images[0]) : int(images[-1]) + 1]
+    rows[: images.size] = batch[images]
     return rows
 
 
