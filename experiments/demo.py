@@ -456,9 +456,10 @@ def _write_report(record, config, results, figures) -> None:
         f"The one-class detector was given {config.num_generated} own images and "
         f"{config.num_impostors} of impostors (changed copies of our own model; no other model and "
         f"no real image had a part in them); FLIPAD, RawPAD and DCTPAD {config.num_supervised} own "
-        f"and {config.num_real} real ones. {found['num_calibration']} own images (of the others' "
-        f"{results['flipad']['num_calibration']}) only set the threshold. Each source is tested on "
-        f"{config.num_test} images that nothing was fitted on. Images are {treatment}."
+        f"and {config.num_real} real ones. {found['num_calibration']} of the former's own images "
+        f"and {results['flipad']['num_calibration']} of the latter's only set the threshold. Each "
+        f"source is tested on {config.num_test} images that nothing was fitted on. Images are "
+        f"{treatment}."
     )
     widths = "-".join(map(str, config.activation_widths))
     pixel_widths = "-".join(map(str, config.pixel_widths))

@@ -1,5 +1,10 @@
 """Batches of lasso problems against a closed form, scikit-learn, and one another."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +170,40 @@ def test_a_second_batch_compiles_nothing(monkeypatch):
     for n in (5, 6, 7, 8):
         lasso.solve(op, np.ones((n, 5), np.float32), lam=0.1, method="counted")
     assert len(traces) == 2
+
+
+def test_same_answer_on_eight_devices(tmp_path):
+    script = """
+import sys
+import jax, numpy as np
+from helpers import small_layer
+from flipad_jax import lasso
+assert jax.device_count() == 8
+op, _ = small_layer(np.float32)
+targets = np.random.default_rng(1).standard_normal((9, *op.output_shape)).astype(np.float32)
+z, info = lasso.solve(op, targets, lam=0.05, chunk_size=4)
+assert info.converged.all()
+np.save(sys.argv[1], z)
+"""
+    path = tmp_path / "z.npy"
+    subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        check=True,
+        cwd=Path(__file__).parent,
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        },
+    )
+    op, matrix = small_layer(np.float32)
+    targets = np.random.default_rng(1).standard_normal((9, *op.output_shape)).astype(np.float32)
+    # One at a time, here and now: both are within the gap's radius of the solution.
+    z, _ = lasso.solve(op, targets, lam=LAM, chunk_size=1)
+    for one, other, o in zip(z, np.load(path), targets, strict=True):
+        values = [lasso_value(matrix, v, o, LAM) for v in (one, other)]
+        apart = np.linalg.norm(matrix @ (np.ravel(one) - np.ravel(other)).astype(float))
+        assert apart <= 2 * np.sqrt(2 * 1e-2 * max(values))
 
 
 def test_an_image_gets_the_same_whatever_its_neighbours(problem):

@@ -51,7 +51,7 @@ __all__ = ["PrimalDualState", "primal_dual"]
 
 _RELAXATION = 1.8
 _ADAPTED_AT = (2, 4, 8, 16)  # checks after which s is corrected; finitely many keep convergence
-_BALANCE = 0.65  # of ||z|| / ||A^T y||, measured; flat within a factor of two
+_BALANCE = 0.65  # of ||z|| / ||A^T y||, measured; too short costs more than too long
 _NUM_DUAL_STEPS = 10
 _MAX_CORRECTION_ITERS = 40
 
