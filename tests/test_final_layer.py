@@ -100,8 +100,9 @@ def test_invert_solves_equation_5(activation):
         shifted = target.ravel() - matrix @ z_bar.ravel()
         gap = 2 * lasso_gap(matrix, solution - z_bar, shifted, 0.02)
         assert gap <= 1.001e-6 * value
-        # Exact zeros of z - z_bar are what the l1 norm is for.
-        assert 0.02 < np.mean(solution == z_bar) < 0.98
+        # Zeros of z - z_bar, but for what the solver's last correction leaves, are what the l1
+        # norm is for.
+        assert 0.02 < np.mean(np.abs(solution - z_bar) < 1e-4) < 0.98
 
 
 def test_an_image_of_the_mean_activation_is_inverted_to_it():
