@@ -29,6 +29,8 @@ import numpy as np
 import optax
 from flax import struct
 
+from flipad_jax.generators import layers
+
 __all__ = [
     "DeepSAD",
     "DeepSADConfig",
@@ -234,7 +236,7 @@ def _init_network(rng, *, input_shape, config):
     return _network(config).init(rng, sample, train=False)
 
 
-_init_network_jit = jax.jit(_init_network, static_argnames=("input_shape", "config"))
+_init_network_jit = layers.jit_for_one_run(_init_network, static_argnames=("input_shape", "config"))
 
 
 def init(rng: jax.Array, input_shape: tuple[int, ...], config: DeepSADConfig) -> DeepSADState:

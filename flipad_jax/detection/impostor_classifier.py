@@ -136,9 +136,8 @@ def fit(
         optax.cosine_onecycle_schedule(config.num_steps, config.learning_rate), weight_decay=1e-2
     )
     init_rng, batch_rng = jax.random.split(rng)
-    variables = jax.jit(functools.partial(network.init, train=False))(
-        init_rng, jnp.zeros((1, *shape[:2], 5 * shape[2]), jnp.float32)
-    )
+    init = layers.jit_for_one_run(functools.partial(network.init, train=False))
+    variables = init(init_rng, jnp.zeros((1, *shape[:2], 5 * shape[2]), jnp.float32))
     opt_state = jax.jit(optimizer.init)(variables["params"])
     labels = jnp.repeat(jnp.array([0.0, 1.0], jnp.float32), config.batch_size)
 

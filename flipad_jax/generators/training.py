@@ -16,6 +16,7 @@ import optax
 from flax import linen as nn
 
 from flipad_jax import checkpoints, data
+from flipad_jax.generators import layers
 
 __all__ = [
     "Gan",
@@ -101,7 +102,7 @@ def init(gan: Gan, rng: jax.Array) -> GanState:
     )
 
 
-@functools.partial(jax.jit, static_argnames="gan")
+@functools.partial(layers.jit_for_one_run, static_argnames="gan")
 def init_seeds(gan: Gan, seeds: jax.Array) -> GanState:
     """The states of many seeds `[s]` uint32, with a leading axis of seeds, in one compiled call."""
     return jax.vmap(lambda seed: init(gan, jax.random.key(seed)))(seeds)
