@@ -5,7 +5,8 @@ with x = u / 127.5 - 1. This module is where they come in and go out:
 
 *   `load` draws a fixed training, validation or test split of a named set or of a folder;
 *   `read_images` and `iter_images` decode the files of a folder exactly as they are (nothing is
-    resized, rotated or flattened) and give a reason for every file that they leave out;
+    resized, rotated or flattened) and give a reason for every file that they leave out; they are
+    made of `find_images` and `decode_image`;
 *   `check_images`, `to_float`, `to_uint8` check and convert arrays;
 *   `write_images` writes PNG files.
 
@@ -16,6 +17,7 @@ machine and does not depend on how many items are asked for.
 
 import collections
 import contextlib
+import functools
 import importlib.resources
 import importlib.util
 import os
@@ -34,8 +36,11 @@ __all__ = [
     "SPLITS",
     "DecodedFile",
     "Folder",
+    "Found",
     "Rejected",
     "check_images",
+    "decode_image",
+    "find_images",
     "iter_images",
     "load",
     "read_images",
@@ -80,6 +85,14 @@ class Folder(NamedTuple):
     images: np.ndarray  # uint8 [n, h, w, c]
     paths: tuple[str, ...]  # [n] relative to the folder, "/" between parts
     rejected: tuple[Rejected, ...]
+
+
+class Found(NamedTuple):
+    """What `find_images` found; nothing of it has been opened."""
+
+    root: str  # the folder
+    paths: tuple[str, ...]  # [n] relative to the folder, "/" between parts, in natural order
+    rejected: tuple[Rejected, ...]  # what cannot be entered or is not followed
 
 
 class DecodedFile(NamedTuple):
@@ -423,6 +436,50 @@ def _crop_photos(
 # --- folders ----------------------------------------------------------------------------------
 
 
+def find_images(path: str | os.PathLike) -> Found:
+    """Lists an image file, or the image files of a folder and its subfolders, without opening any.
+
+    Args:
+      path: a file (whatever its name), or a folder; there hidden files and folders are passed over,
+        and files whose name does not end in one of `EXTENSIONS` (in any case). Links to files are
+        taken, links to folders are not followed: they are rejected with a reason.
+    Returns:
+      `Found`: paths in natural order (2.png before 10.png).
+    Raises:
+      ValueError: if `path` does not exist, or no file there has the name of an image.
+    """
+    path = os.fspath(path)
+    looked_for = f"looked for files *{', *'.join(EXTENSIONS)}"
+    if os.path.isfile(path):  # named by the user: tried whatever its extension
+        return Found(os.path.dirname(path), (os.path.basename(path),), ())
+    if not os.path.isdir(path):
+        raise ValueError(f"no images found in {path!r}: there is no such file or folder")
+    names: list[str] = []
+    rejected: list[Rejected] = []
+
+    def relative(full: str) -> str:
+        return os.path.relpath(full, path).replace(os.sep, "/")
+
+    def on_error(error: OSError) -> None:
+        where = relative(error.filename or path)
+        rejected.append(Rejected(where, f"folder cannot be read: {error.strerror}"))
+
+    for folder, subfolders, files in os.walk(path, onerror=on_error):
+        subfolders[:] = [f for f in subfolders if not f.startswith(".")]
+        for subfolder in map(functools.partial(os.path.join, folder), subfolders):
+            if os.path.islink(subfolder):  # may lead round in a circle, or to anywhere
+                rejected.append(Rejected(relative(subfolder), "link to a folder, not followed"))
+        names += [
+            relative(os.path.join(folder, file))
+            for file in files
+            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        ]
+    if not names and not rejected:
+        raise ValueError(f"no images found in {path!r} ({looked_for}, also in subfolders)")
+    rejected.sort(key=lambda row: _natural(row.path))
+    return Found(path, tuple(sorted(names, key=_natural)), tuple(rejected))
+
+
 def read_images(
     path: str | os.PathLike, *, image_shape: tuple[int, int, int] | None = None
 ) -> Folder:
@@ -437,8 +494,7 @@ def read_images(
     grey where grey is expected, since nothing is lost.
 
     Args:
-      path: a file, or a folder; hidden files and folders are passed over, and files whose name
-        does not end in one of `EXTENSIONS` (in any case).
+      path: a file or a folder, see `find_images`.
       image_shape: `(h, w, c)` that is expected, c = 1 (grey) or 3 (RGB). If None, the most common
         shape of the folder.
     Returns:
@@ -447,11 +503,12 @@ def read_images(
     Raises:
       ValueError: if `path` does not exist, or no file there has the name of an image.
     """
-    root, names, rejected = _list_files(path)
+    root, names, found = find_images(path)
+    rejected = list(found)
     image_shape = _resolve_shape(root, names, image_shape)
     images, paths = [], []
     for name in names:
-        image, reason = _decode(os.path.join(root, name), image_shape)
+        image, reason = decode_image(os.path.join(root, name), image_shape)
         if image is None:
             rejected.append(Rejected(name, str(reason)))
         else:
@@ -475,16 +532,50 @@ def iter_images(
     Raises:
       ValueError: as `read_images`, at the call and not at the first item.
     """
-    root, names, rejected = _list_files(path)
+    root, names, rejected = find_images(path)
     image_shape = _resolve_shape(root, names, image_shape)
 
     def decode_all() -> Iterator[DecodedFile]:
         for row in rejected:
             yield DecodedFile(row.path, None, row.reason)
         for name in names:
-            yield DecodedFile(name, *_decode(os.path.join(root, name), image_shape))
+            yield DecodedFile(name, *decode_image(os.path.join(root, name), image_shape))
 
     return decode_all()
+
+
+def decode_image(
+    path: str | os.PathLike, image_shape: tuple[int, int, int] | None = None
+) -> tuple[np.ndarray | None, str | None]:
+    """Reads one image file by the rules of `read_images`.
+
+    Args:
+      path: the file.
+      image_shape: `(h, w, c)` that is expected; any, if None.
+    Returns:
+      `(uint8 [h, w, c], None)`, or `(None, the reason why there is no image)`; a bad file is never
+      an exception.
+    """
+    path = os.fspath(path)
+    try:
+        with _opened(path) as image:
+            height, width, channels = _shape(image)
+            if image_shape is not None and (height, width) != image_shape[:2]:
+                raise _Unusable(  # before any pixel is decoded
+                    f"is {width} x {height} pixels (width x height), "
+                    f"expected {image_shape[1]} x {image_shape[0]}"
+                )
+            if image_shape is not None and channels < image_shape[2]:
+                raise _Unusable("is grey, expected RGB")
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except _Unusable as error:
+        return None, str(error)
+    pixels = pixels.reshape(height, width, channels)
+    if image_shape is not None and channels > image_shape[2]:
+        if not (pixels == pixels[..., :1]).all():
+            return None, "is in colour, expected grey"
+        pixels = np.ascontiguousarray(pixels[..., :1])
+    return pixels, None
 
 
 def write_images(folder: str | os.PathLike, images: Any) -> list[pathlib.Path]:
@@ -525,14 +616,15 @@ def _load_folder(
     num_images: int | None,
     seed: int,
 ) -> np.ndarray:
-    root, names, rejected = _list_files(path)
+    root, names, found = find_images(path)
+    rejected = list(found)
     shape = _resolve_shape(root, names, None, image_size)
     indices = _split_indices(len(names), split, seed)
     images: list[np.ndarray] = []
     for name in (names[i] for i in indices):
         if num_images is not None and len(images) == num_images:
             break
-        image, reason = _decode(os.path.join(root, name), shape)
+        image, reason = decode_image(os.path.join(root, name), shape)
         if image is None:
             rejected.append(Rejected(name, str(reason)))
         else:
@@ -557,36 +649,6 @@ def _natural(name: str) -> tuple:
         pieces = re.split("([0-9]+)", part)
         parts.append(tuple((int(p), "") if i % 2 else (-1, p) for i, p in enumerate(pieces)))
     return tuple(parts), name  # the name itself settles "01" against "1"
-
-
-def _list_files(path: str | os.PathLike) -> tuple[str, list[str], list[Rejected]]:
-    """Finds (folder, names of image files in natural order, subfolders that cannot be read)."""
-    path = os.fspath(path)
-    looked_for = f"looked for files *{', *'.join(EXTENSIONS)}"
-    if os.path.isfile(path):  # named by the user: tried whatever its extension
-        return os.path.dirname(path), [os.path.basename(path)], []
-    if not os.path.isdir(path):
-        raise ValueError(f"no images found in {path!r}: there is no such file or folder")
-    names: list[str] = []
-    unreadable: list[Rejected] = []
-
-    def relative(full: str) -> str:
-        return os.path.relpath(full, path).replace(os.sep, "/")
-
-    def on_error(error: OSError) -> None:
-        where = relative(error.filename or path)
-        unreadable.append(Rejected(where, f"folder cannot be read: {error.strerror}"))
-
-    for folder, subfolders, files in os.walk(path, onerror=on_error):
-        subfolders[:] = [f for f in subfolders if not f.startswith(".")]
-        names += [
-            relative(os.path.join(folder, file))
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-    if not names and not unreadable:
-        raise ValueError(f"no images found in {path!r} ({looked_for}, also in subfolders)")
-    return path, sorted(names, key=_natural), unreadable
 
 
 def _resolve_shape(
@@ -689,28 +751,3 @@ def _header_shape(path: str) -> tuple[int, int, int] | None:
             return _shape(image)
     except _Unusable:
         return None
-
-
-def _decode(
-    path: str, image_shape: tuple[int, int, int] | None
-) -> tuple[np.ndarray | None, str | None]:
-    """(uint8 [h, w, c], None), or (None, the reason)."""
-    try:
-        with _opened(path) as image:
-            height, width, channels = _shape(image)
-            if image_shape is not None and (height, width) != image_shape[:2]:
-                raise _Unusable(  # before any pixel is decoded
-                    f"is {width} x {height} pixels (width x height), "
-                    f"expected {image_shape[1]} x {image_shape[0]}"
-                )
-            if image_shape is not None and channels < image_shape[2]:
-                raise _Unusable("is grey, expected RGB")
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except _Unusable as error:
-        return None, str(error)
-    pixels = pixels.reshape(height, width, channels)
-    if image_shape is not None and channels > image_shape[2]:
-        if not (pixels == pixels[..., :1]).all():
-            return None, "is in colour, expected grey"
-        pixels = np.ascontiguousarray(pixels[..., :1])
-    return pixels, None

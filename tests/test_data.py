@@ -524,6 +524,23 @@ def test_folder_is_recursive_in_natural_order_without_hidden_files(tmp_path):
     assert folder.rejected == ()
 
 
+def test_links_to_files_are_read_and_links_to_folders_are_not_followed(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    data.write_images(outside, np.zeros((2, 4, 4, 1), np.uint8))
+    inside.mkdir()
+    (inside / "link.png").symlink_to(outside / "00000.png")
+    (inside / "gone.png").symlink_to(outside / "nothing.png")
+    (inside / "elsewhere").symlink_to(outside, target_is_directory=True)
+    (inside / "round").symlink_to(inside, target_is_directory=True)
+    found = data.find_images(inside)
+    assert found.paths == ("gone.png", "link.png")
+    assert [row.path for row in found.rejected] == ["elsewhere", "round"]
+    folder = data.read_images(inside)
+    assert folder.paths == ("link.png",)
+    reasons = dict(folder.rejected)
+    assert "regular file" in reasons["gone.png"] and "not followed" in reasons["round"]
+
+
 def test_most_common_shape_is_taken(tmp_path):
     data.write_images(tmp_path / "a", random_images(3, 8, 8))
     data.write_images(tmp_path / "b", random_images(4, 16, 8))
