@@ -113,6 +113,8 @@ def imported(*folders):
     """Distributions that the code of some folders imports, and those imported at module level."""
     owners = importlib.metadata.packages_distributions()
     everywhere, at_top = set(), set()
+    local = {"flipad_jax", "experiments", "benchmarks"}
+    local |= {path.stem for path in (ROOT / "tests").glob("*.py")}
     for file in [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
@@ -122,7 +124,7 @@ def imported(*folders):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             for name in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names):
-                if name in ("flipad_jax", "experiments", "benchmarks", "tests", "helpers"):
+                if name in local:
                     continue
                 found = normalised(owners.get(name, [name])[0])
                 everywhere.add(found)
