@@ -13,6 +13,9 @@ An experiment is a module of this package whose name does not start with an unde
 
     def run(config: Config, record: Run) -> dict: ...   # the metrics of results.json
     def summary(metrics: dict) -> str: ...              # optional: the table printed at the end
+    def default_workdir(config: Config) -> str: ...     # optional: in place of runs/NAME-PRESET
+    CHANGEABLE = ("fnr",)   # optional: every start runs anew, on what the workdir keeps, and
+                            # these settings may differ from those of the last start
 
 A setting is an int, float, bool, str or a tuple of int, float or str. The flags live in a
 FlagValues of their own, never in `absl.flags.FLAGS`, so that nothing leaks between runs in one
@@ -225,7 +228,7 @@ def _common_flags(preset_help: str = "Named set of sizes.") -> flags.FlagValues:
     switch = functools.partial(flags.DEFINE_boolean, flag_values=values)
     text("experiment", DEFAULT_EXPERIMENT, "What to run.")
     text("preset", DEFAULT_PRESET, preset_help)
-    text("workdir", None, "Folder of the run; runs/EXPERIMENT-PRESET by default.")
+    text("workdir", None, "Folder of the run; by default runs/EXPERIMENT-PRESET, or by its files.")
     switch("overwrite", False, "Delete what an earlier run left in the workdir.")
     switch("debug", False, "Show the trace of every error.")
     switch("help", False, "Show this and stop.", short_name="h")
@@ -349,8 +352,11 @@ def execute(
     commit = _commit()
     texts = _flag_texts(module, experiment, preset, config)
     summary = getattr(module, "summary", None)
-    with open_workdir(workdir, texts, overwrite=overwrite, commit=commit) as record:
-        results = read_results(record.workdir)
+    changeable = getattr(module, "CHANGEABLE", None)
+    with open_workdir(
+        workdir, texts, overwrite=overwrite, commit=commit, changeable=changeable or ()
+    ) as record:
+        results = read_results(record.workdir) if changeable is None else None
         if results is not None:
             record.say(f"{record.shown} is complete since {results.get('finished')}.")
         else:
@@ -433,10 +439,14 @@ def _run(argv: Sequence[str], package: str) -> int:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
+    config = module.Config(**{name: flag.value for name, flag in settings.items()})
+    default_workdir = getattr(module, "default_workdir", None)
     execute(
         module,
-        module.Config(**{name: flag.value for name, flag in settings.items()}),
-        workdir=values.workdir or f"runs/{early.experiment}-{early.preset}",
+        config,
+        workdir=values.workdir
+        or (default_workdir and default_workdir(config))
+        or f"runs/{early.experiment}-{early.preset}",
         preset=early.preset,
         overwrite=values.overwrite,
         command=argv,

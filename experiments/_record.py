@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -395,13 +395,11 @@ def _write_flags(run: Run, flags: Mapping[str, str]) -> None:
     write_atomically(run.workdir / "config.flags", "\n".join(lines) + "\n")
 
 
-def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
     # The preset only names defaults; two names for equal settings are the same run.
     names = [n for n in (*ours, *theirs) if n != "preset" and theirs.get(n) != ours.get(n)]
-    return [
-        f"{name} is {theirs.get(name, 'unset')} there and {ours.get(name, 'unset')} here"
-        for name in dict.fromkeys(names)
-    ]
+    texts = ((name, theirs.get(name, "unset"), ours.get(name, "unset")) for name in names)
+    return {name: f"{name} is {there} there and {here} here" for name, there, here in texts}
 
 
 @contextlib.contextmanager
@@ -411,6 +409,7 @@ def open_workdir(
     *,
     overwrite: bool = False,
     commit: str | None = None,
+    changeable: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Enter a workdir for one run: a new or empty folder, or one of the same settings.
 
@@ -420,6 +419,7 @@ def open_workdir(
         already may go on.
       overwrite: delete what an earlier run left there. Never deletes a folder that no run made.
       commit: revision of the code, remembered with every stage.
+      changeable: flags that may differ from those of the run that is there.
 
     Raises:
       UsageError: if the folder belongs to something else, to a run of other settings, or to a run
@@ -444,13 +444,16 @@ def open_workdir(
         else:
             theirs, run.started = found
             different = _differences(theirs, flags)
-            if different and not _has_results(run):
-                # An earlier start failed before it made anything, on a mistyped path, say.
+            fixed = {name: text for name, text in different.items() if name not in changeable}
+            if different and (not fixed or not _has_results(run)):
+                # Without results an earlier start failed before it made anything, on a mistyped
+                # path, say.
                 _write_flags(run, flags)
-            elif different:
+            elif fixed:
                 raise UsageError(
                     f"--workdir={run.shown} holds a run of other settings: "
-                    f"{'; '.join(different)}. Give another --workdir, or --overwrite to start over"
+                    f"{'; '.join(fixed.values())}. Give another --workdir, or --overwrite to start "
+                    "over"
                 )
             _repair(run)
         yield run

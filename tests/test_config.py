@@ -272,6 +272,29 @@ def test_a_workdir_of_other_settings_is_refused(toy, demo, capsys):
     assert len(demo.CALLS) == 1
 
 
+def test_an_experiment_may_run_anew_with_some_settings_changed(toy, demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CHANGEABLE", ("lam",), raising=False)
+    assert command(toy, "--preset=smoke") == 0
+    assert command(toy, "--preset=smoke", "--lam=0.5") == 0  # done again, on the stages kept
+    assert "kept from an earlier start" in capsys.readouterr().err
+    assert [config.lam for config in demo.CALLS] == [5e-4, 0.5]
+    assert _record.read_results(Path("runs/demo-smoke"))["settings"]["lam"] == 0.5
+    assert "--lam=0.5" in Path("runs/demo-smoke/config.flags").read_text()
+    assert command(toy, "--preset=smoke", "--lam=0.25", "--seed=3") == 2
+    line = one_error(capsys)
+    assert "seed is 0 there and 3 here" in line and "lam" not in line
+
+
+def test_an_experiment_may_choose_its_workdir(toy, demo, monkeypatch):
+    choose = lambda config: f"by-{config.seed}" if config.seed else ""  # noqa: E731
+    monkeypatch.setattr(demo, "default_workdir", choose, raising=False)
+    assert command(toy, "--preset=smoke", "--seed=3") == 0
+    assert command(toy, "--preset=smoke", "--seed=3", "--workdir=mine") == 0
+    assert command(toy, "--preset=smoke") == 0
+    for folder in ("by-3", "mine", "runs/demo-smoke"):
+        assert Path(folder, "results.json").exists()
+
+
 def test_overwrite_starts_over_but_only_in_our_own_folders(toy, demo, capsys, monkeypatch):
     assert command(toy, "--preset=smoke") == 0
     assert command(toy, "--preset=smoke", "--seed=3", "--overwrite") == 0
