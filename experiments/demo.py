@@ -30,7 +30,7 @@ from experiments._config import Run, setting
 from experiments._record import write_atomically
 from flipad_jax import data, metrics, report
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import calibration
+from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
@@ -301,9 +301,9 @@ def _fit_and_score(
             config=settings,
             progress=progress,
         )
-        attribution.save(attributor, path)
+        bundle.save(attributor, path)
         # Scored by what was saved: what the numbers describe is what the user has.
-        attributor = attribution.load(path)
+        attributor = bundle.load(path)
         fit_seconds = time.monotonic() - start
         scores = {
             source: attribution.score_with_info(attributor, images, progress=progress).score
@@ -341,7 +341,7 @@ def _write_suspects(folder: Path, sources: dict[str, np.ndarray], count: int = 4
 
 def _judge_folder(record: Run, folder: data.Folder, fnr: float) -> dict[str, Any]:
     """Verdicts of the saved attributor on image files: WORKDIR/verdicts.csv, a row per file."""
-    attributor = attribution.load(record.workdir / "attributor")
+    attributor = bundle.load(record.workdir / "attributor")
     found = attribution.verdicts(attributor, folder.images, fnr)
     header = ["path", "score", "p_value", "threshold", "verdict", "reason"]
     rows: list[list[Any]] = []

@@ -22,9 +22,9 @@ _PUBLIC = {
     "invert": "flipad_jax.inversion.final_layer",
     "lasso": "flipad_jax.inversion.lasso",
     "linops": "flipad_jax.inversion.linops",
-    "load": "flipad_jax.detection.attributor",
+    "load": "flipad_jax.detection.bundle",
     "mean_activation": "flipad_jax.inversion.final_layer",
-    "save": "flipad_jax.detection.attributor",
+    "save": "flipad_jax.detection.bundle",
     "score": "flipad_jax.detection.attributor",
     "verdicts": "flipad_jax.detection.attributor",
     "zoo": "flipad_jax.generators.zoo",
@@ -39,11 +39,10 @@ if TYPE_CHECKING:
         AttributorConfig,
         Verdicts,
         fit,
-        load,
-        save,
         score,
         verdicts,
     )
+    from flipad_jax.detection.bundle import load, save
     from flipad_jax.generators import zoo
     from flipad_jax.inversion import lasso, linops
     from flipad_jax.inversion.final_layer import FinalLayer, invert, mean_activation

@@ -1,7 +1,6 @@
-"""The attributor as a user has it: fit, score, verdicts, save, load."""
+"""The attributor as a user has it: fit, score, verdicts."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from flipad_jax.detection import calibration
 from flipad_jax.detection.deepsad import DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
-from flipad_jax.inversion.final_layer import forward
+from flipad_jax.inversion.final_layer import forward, invert
 
 QUICK = {
     "tol": 0.0,
@@ -157,40 +156,6 @@ def test_deepsad_on_every_kind_of_features(features, tmp_path):
     )
 
 
-@pytest.mark.parametrize("bias", [None, (0.1, -0.2, 0.3)])
-def test_a_saved_attributor_comes_back(bias, tmp_path):
-    fitted = fit(layer=make_layer(bias))
-    flipad_jax.save(fitted, tmp_path / "a")
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "attributor.json",
-        "attributor.safetensors",
-    ]
-    loaded = flipad_jax.load(tmp_path / "a")
-    assert loaded.config == fitted.config and loaded.image_shape == (16, 16, 3)
-    images = np.concatenate([OWN[:5], REAL[:5]])
-    for a, b in zip(flipad_jax.verdicts(loaded, images), flipad_jax.verdicts(fitted, images)):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_a_damaged_bundle_is_refused(fitted, tmp_path):
-    flipad_jax.save(fitted, tmp_path)
-    arrays, settings = tmp_path / "attributor.safetensors", tmp_path / "attributor.json"
-    content, text = arrays.read_bytes(), settings.read_text()
-    arrays.write_bytes(content[:-8] + b"\0" * 8)
-    with pytest.raises(ValueError, match="not the file that"):
-        flipad_jax.load(tmp_path)
-    arrays.write_bytes(content)
-    settings.write_text(text[:50])
-    with pytest.raises(ValueError):
-        flipad_jax.load(tmp_path)
-    newer = {**json.loads(text), "format": 99}
-    settings.write_text(json.dumps(newer))
-    with pytest.raises(ValueError, match="update flipad_jax"):
-        flipad_jax.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        flipad_jax.load(tmp_path / "nothing")
-
-
 def test_an_inversion_without_certificate_is_no_verdict(fitted):
     strict = dataclasses.replace(
         fitted, config=dataclasses.replace(fitted.config, tol=1e-9, max_iters=3)
@@ -245,3 +210,64 @@ def test_wrong_calls_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             AttributorConfig(**config)
+
+
+def test_few_images_say_what_they_certify_and_go_on(caplog):
+    config = AttributorConfig(**{**QUICK, "one_class": OneClassConfig(num_components=5)})
+    few = flipad_jax.fit(LAYER, Z_BAR, OWN[:80], rng=jax.random.key(0), config=config)
+    assert len(few.calibration_scores) == 20
+    assert "0.0476" in caplog.text and "199" in caplog.text  # 1 / 21
+    assert np.isfinite(flipad_jax.score(few, OWN[80:90])).all()
+
+
+def test_a_dense_last_layer_with_a_bias_of_its_own_per_pixel():
+    draw = np.random.default_rng(0)
+    matrix = (0.1 * draw.standard_normal((40, 300))).astype(np.float32)
+    bias = draw.standard_normal((10, 10, 3)).astype(np.float32)
+    op = linops.dense(matrix, input_shape=(1, 1, 40), output_shape=(10, 10, 3))
+    layer = FinalLayer(op, jnp.asarray(bias), "sigmoid")
+    z = np.maximum(draw.standard_normal((400, 6)) @ draw.standard_normal((6, 40)), 0)
+    z = z.reshape(400, 1, 1, 40).astype(np.float32)
+    own = data.to_uint8(np.asarray(jax.vmap(lambda v: forward(layer, v))(z)))
+    fitted = flipad_jax.fit(
+        layer, z.mean(0), own, rng=jax.random.key(0), config=AttributorConfig(**QUICK)
+    )
+    noise = draw.integers(0, 256, (50, 10, 10, 3)).astype(np.uint8)
+    assert flipad_jax.verdicts(fitted, noise).accepted.mean() < 0.05
+    assert flipad_jax.verdicts(fitted, own[:100], fnr=0.05).accepted.mean() > 0.9
+
+
+def test_scores_do_not_depend_on_the_batch_and_compile_once_per_shape(fitted):
+    images = np.concatenate([OWN[:70], REAL[:30]])
+    scores = flipad_jax.score(fitted, images)
+    alone = np.concatenate([flipad_jax.score(fitted, images[i : i + 9]) for i in range(0, 100, 9)])
+    np.testing.assert_allclose(alone, scores, rtol=1e-4)
+    np.testing.assert_allclose(flipad_jax.score(fitted, jnp.asarray(images)), scores, rtol=1e-4)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: (
+            compiled.append(event)
+            if "backend_compile" in event or "cache_retrieval" in event
+            else None
+        )
+    )
+    flipad_jax.score(fitted, images[:90])  # filled up to the same 128
+    assert not compiled
+    jax.jit(lambda x: x * 3 + 1)(jnp.arange(7))
+    assert compiled  # the listener does listen
+
+
+def test_departures_show_where_an_image_is_not_ours(fitted):
+    found = attribution.departures(fitted, OWN[:200])
+    assert found.maps.shape == (200, 8, 8)
+    np.testing.assert_allclose(np.sqrt((found.maps**2).mean()), 1, atol=0.1)
+    z, _ = invert(LAYER, OWN[:200], Z_BAR, tol=0.0, max_iters=15, method="fista")
+    np.testing.assert_allclose(found.mean_activation, np.asarray(z).mean(0), atol=1e-4)
+    tampered = OWN[:20].copy()
+    tampered[:, 8:, 8:] = REAL[:20, 8:, 8:]
+    maps = attribution.departures(fitted, tampered).maps
+    assert maps[:, 5:, 5:].mean() > 1.5 * maps[:, :3, :3].mean()
+    none = attribution.departures(fitted, OWN[:0])
+    assert none.maps.shape == (0, 8, 8) and np.isnan(none.mean_activation).all()
+    with pytest.raises(ValueError, match="inverts no images"):
+        attribution.departures(fit("deepsad", "pixels"), OWN[:2])

@@ -107,8 +107,8 @@ def test_what_is_not_finite_gets_no_score(fitted, bad):
 @pytest.mark.parametrize(
     "own, reference, message",
     [
-        (activations(0, 20), activations(1, 120), "at least 30 and 100"),
-        (activations(0, 60), activations(1, 80), "at least 30 and 100"),
+        (activations(0, 20), activations(1, 120), "at least 30 and 20"),
+        (activations(0, 60), activations(1, 19), "at least 30 and 20"),
         (activations(0, 60)[..., :2], activations(1, 120), "reference activations"),
         (activations(0, 60)[0], activations(1, 120), r"\[n, h, w, c\]"),
         (activations(0, 60).astype(int), activations(1, 120), "floating"),

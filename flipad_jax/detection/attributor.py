@@ -3,6 +3,8 @@
     attributor = fit(layer, z_bar, generated, rng=jax.random.key(0), impostors=impostors)
     verdicts(attributor, images, fnr=0.005)
 
+`bundle` saves and loads it.
+
 `fit` splits the generated images: some fit the detector, the rest (which it never sees) calibrate
 the threshold. The scores of the calibration images are kept, so the false-negative rate is chosen
 when a verdict is asked for, without fitting again.
@@ -17,30 +19,40 @@ Four detectors are one configuration away:
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization, struct, traverse_util
+from absl import logging
+from flax import struct
 
 from flipad_jax import data
 from flipad_jax.detection import calibration, deepsad, features, impostor_classifier, one_class
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifier, ImpostorClassifierConfig
+from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
-from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer, invert
 
-__all__ = ["Attributor", "AttributorConfig", "Verdicts", "fit", "load", "save", "score", "verdicts"]
+__all__ = [
+    "ActivationProfile",
+    "Attributor",
+    "AttributorConfig",
+    "DeepSADDetector",
+    "Departures",
+    "Scores",
+    "Verdicts",
+    "decide",
+    "departures",
+    "fit",
+    "score",
+    "score_with_info",
+    "verdicts",
+]
 
 DETECTORS = ("one_class", "deepsad")
-_FORMAT = 1
-_ARRAYS, _SETTINGS = "attributor.safetensors", "attributor.json"
+_USUAL_FNR = 0.005  # of the FLIPAD paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +128,21 @@ class DeepSADDetector(struct.PyTreeNode):
     model: DeepSAD
 
 
+class ActivationProfile(struct.PyTreeNode):
+    """What the inverted activations z' = z - z_bar of own images are like, entry by entry.
+
+    Attributes:
+      mean: `[h, w, c]` float32.
+      std: `[h, w, c]` float32, with a floor: entries that the lasso leaves at zero in nearly every
+        own image would otherwise weigh without bound.
+      num_images: how many own images they average (static).
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    num_images: int = struct.field(pytree_node=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Attributor:
     """What `fit` returns and `score`, `verdicts`, `save` take.
@@ -126,6 +153,7 @@ class Attributor:
       detector: `OneClass` or `DeepSADDetector`.
       calibration_scores: `[n]` float64 scores of own images that fitted nothing.
       config: settings.
+      profile: own activations, for `departures`; None where the features are no activations.
     """
 
     layer: FinalLayer
@@ -133,6 +161,7 @@ class Attributor:
     detector: OneClass | DeepSADDetector
     calibration_scores: np.ndarray
     config: AttributorConfig
+    profile: ActivationProfile | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -215,19 +244,42 @@ def _raw_features(layer, z_bar, config, images, what, progress) -> np.ndarray:
     if config.features != "activations":
         return np.asarray(data.to_float(images), np.float32)
     rows = np.empty((len(images), *layer.operator.input_shape), np.float32)
-    for start in range(0, len(images), config.batch_size):
-        batch = images[start : start + config.batch_size]
+    for start, count, batch in _batches(images, config.batch_size):
         z, info = _activations(layer, z_bar, config, batch)
-        if config.tol > 0 and not bool(info.converged.all()):
-            bad = start + np.flatnonzero(~np.asarray(info.converged))
+        converged = np.asarray(info.converged)[:count]
+        if config.tol > 0 and not converged.all():
+            bad = start + np.flatnonzero(~converged)
             raise ValueError(
                 f"{bad.size} inversions did not reach tol={config.tol} in "
                 f"{config.max_iters} iterations "
                 f"(images {bad[:10].tolist()}, {what}): allow more iterations or a larger tol"
             )
-        rows[start : start + len(batch)] = np.asarray(z)
-        progress(what, start + len(batch), len(images))
+        rows[start : start + count] = np.asarray(z)[:count]
+        progress(what, start + count, len(images))
     return rows
+
+
+def _batches(images: np.ndarray | jax.Array, size: int) -> Iterator[tuple[int, int, Any]]:
+    """(first image, how many count, batch) for all images.
+
+    The last batch is filled up to a power of two, 16 at least, with its last image: a folder of
+    any length compiles a few programs and not one of its own.
+    """
+    for start in range(0, len(images), size):
+        count = min(size, len(images) - start)
+        padded = min(size, max(16, 1 << (count - 1).bit_length()))
+        yield start, count, images[np.minimum(np.arange(start, start + padded), start + count - 1)]
+
+
+def _profile(own: np.ndarray) -> ActivationProfile:
+    mean = own.mean(axis=0, dtype=np.float64)
+    variance = np.square(own - mean.astype(np.float32)).mean(axis=0, dtype=np.float64)
+    floor = 0.01 * variance.mean() + np.finfo(np.float32).tiny
+    return ActivationProfile(
+        jnp.asarray(mean, jnp.float32),
+        jnp.asarray(np.sqrt(variance + floor), jnp.float32),
+        len(own),
+    )
 
 
 def fit(
@@ -258,8 +310,8 @@ def fit(
     Returns:
       The attributor. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
     Raises:
-      ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images, or
-        inversions that miss their tolerance.
+      ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
+        at least, for the one-class detector), or inversions that miss their tolerance.
     """
     progress = progress or _no_progress
     shape = _image_shape(layer)
@@ -285,14 +337,27 @@ def fit(
             f"{len(generated)} generated images leave {num_calibration} for calibration, "
             "expected 20 at least; fnr 0.005 takes 199"
         )
+    smallest = calibration.smallest_certifiable_fnr(num_calibration)
+    if smallest > _USUAL_FNR:
+        logging.warning(
+            "%d own images leave %d for calibration: no fnr below %.3g can be certified "
+            "(%g takes %d of them)",
+            len(generated),
+            num_calibration,
+            smallest,
+            _USUAL_FNR,
+            round(1 / _USUAL_FNR) - 1,
+        )
     z_bar = jnp.asarray(z_bar)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
     calibrating, rest = order[:num_calibration], order[num_calibration:]
+    profile = None
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
         reference, fitting = rest[:num_calibration], rest[num_calibration:]
         inverted = fitting if impostors is None else fitting[: config.num_inverted]
         own = raw(generated[np.concatenate([reference, inverted])], "inverting own images")
+        profile = _profile(own[num_calibration:])
         classifier = None
         if impostors is not None:
             classifier = impostor_classifier.fit(
@@ -314,6 +379,8 @@ def fit(
     else:
         own = raw(generated[rest], "inverting own images")
         others = raw(real, "inverting real images")
+        if config.features == "activations":
+            profile = _profile(own)
         fitted = features.fit(features.preset(config.features), [own], [others])
         settings = config.deepsad_config()
         own, others = (_prepared(fitted, x, config.batch_size) for x in (own, others))
@@ -327,7 +394,7 @@ def fit(
             ),
         )
         detector = DeepSADDetector(fitted, model)
-    attributor = Attributor(layer, z_bar, detector, np.zeros(0), config)
+    attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile)
     scores = score_with_info(attributor, generated[calibrating], progress=progress).score
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
 
@@ -353,8 +420,7 @@ def score_with_info(
     columns: list[Scores] = [
         Scores(np.zeros(0), np.zeros(0), np.zeros(0, np.int32), np.zeros(0, bool))
     ]
-    for start in range(0, total, config.batch_size):
-        batch = images[start : start + config.batch_size]
+    for start, count, batch in _batches(images, config.batch_size):
         if config.features == "activations":
             raw, info = _activations(attributor.layer, attributor.z_bar, config, batch)
             gap, num_iters = np.asarray(info.relative_gap, np.float64), np.asarray(info.num_iters)
@@ -369,9 +435,64 @@ def score_with_info(
             values = deepsad.score(
                 detector.model, _prepare(detector.features, jnp.asarray(raw, jnp.float32))
             )
-        columns.append(Scores(np.asarray(values, np.float64), gap, num_iters, converged))
-        progress("scoring", start + len(batch), total)
+        found = Scores(np.asarray(values, np.float64), gap, num_iters, converged)
+        columns.append(Scores(*(column[:count] for column in found)))
+        progress("scoring", start + count, total)
     return Scores(*(np.concatenate(parts) for parts in zip(*columns)))
+
+
+def doubts(attributor: Attributor, images: np.ndarray) -> list[str]:
+    """What makes a verdict doubtful, per image; "" for nothing."""
+    del attributor
+    return [""] * len(images)
+
+
+class Departures(NamedTuple):
+    """Where inverted activations are unlike those of own images.
+
+    Attributes:
+      maps: `[n, h, w]` float32 over the places of the activation, root mean square over channels of
+        (z' - own mean) / own standard deviation: about 1 on average for own images.
+      mean_activation: `[h, w, c]` float32, mean of z over the images; NaN if there is none.
+    """
+
+    maps: np.ndarray
+    mean_activation: np.ndarray
+
+
+def departures(attributor: Attributor, images: np.ndarray) -> Departures:
+    """Look inside: how far the activations of these images depart from own ones, place by place.
+
+    Args:
+      attributor: from `fit` or `load`, one that inverts images.
+      images: as for `score`.
+    Returns:
+      The maps and the mean activation. They explain a score to the eye; they are not the score.
+    Raises:
+      ValueError: for bad images, or an attributor without activations (RawPAD, DCTPAD).
+    """
+    profile, config = attributor.profile, attributor.config
+    if profile is None:
+        raise ValueError(f"this attributor reads {config.features}: it inverts no images")
+    images = data.check_images(images, shape=attributor.image_shape)
+    shape = attributor.layer.operator.input_shape
+    total = np.zeros(shape)
+    maps = [np.zeros((0, *shape[:2]), np.float32)]
+    for _, count, batch in _batches(images, config.batch_size):
+        z, _ = _activations(attributor.layer, attributor.z_bar, config, batch)
+        maps.append(np.asarray(_departure_maps(profile, z))[:count])
+        total += np.asarray(z)[:count].sum(axis=0, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        mean = total / len(images) if len(images) else np.full(shape, np.nan)
+    return Departures(
+        np.concatenate(maps), (mean + np.asarray(attributor.z_bar)).astype(np.float32)
+    )
+
+
+@jax.jit
+def _departure_maps(profile: ActivationProfile, z: jax.Array) -> jax.Array:
+    standardised = (z - profile.mean) / profile.std
+    return jnp.sqrt(jnp.mean(standardised**2, axis=-1)).astype(jnp.float32)
 
 
 def score(attributor: Attributor, images: np.ndarray) -> np.ndarray:
@@ -410,8 +531,21 @@ def verdicts(
     Raises:
       ValueError: for bad images, or an fnr outside [0, 1].
     """
+    calibration.threshold(attributor.calibration_scores, fnr)  # Refuses a bad rate, before work.
+    return decide(attributor, score_with_info(attributor, images, progress=progress), fnr)
+
+
+def decide(attributor: Attributor, scores: Scores, fnr: float = 0.005) -> Verdicts:
+    """From scores that are there already to verdicts: another fnr costs no inversion.
+
+    Args:
+      attributor: the one that gave the scores.
+      scores: from `score_with_info`.
+      fnr: as for `verdicts`.
+    Returns, errors:
+      As for `verdicts`.
+    """
     threshold = calibration.threshold(attributor.calibration_scores, fnr)
-    scores = score_with_info(attributor, images, progress=progress)
     judged = np.isfinite(scores.score) & scores.converged
     accepted = judged & (scores.score <= threshold)
     p_value = np.where(
@@ -420,157 +554,4 @@ def verdicts(
     text = np.where(accepted, "ours", np.where(judged, "not_ours", "cannot_judge"))
     return Verdicts(
         scores.score, p_value, threshold, accepted, scores.converged, text, scores.relative_gap
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# The bundle: one folder, arrays in safetensors, settings in JSON. Nothing is pickled.
-
-_OPERATORS = {cls.__name__: cls for cls in (linops.ConvTranspose, linops.Conv, linops.Dense)}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _split_fields(instance: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Array fields and settings of a dataclass whose static fields are plain values."""
-    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
-    arrays = {
-        name: value for name, value in values.items() if isinstance(value, (jax.Array, np.ndarray))
-    }
-    return arrays, {name: value for name, value in values.items() if name not in arrays}
-
-
-def save(attributor: Attributor, path: str | os.PathLike) -> None:
-    """Write an attributor as a folder of two files, `attributor.safetensors` and `attributor.json`.
-
-    Both name the same digest; `load` refuses a pair that does not belong together, so a
-    half-written bundle is never read.
-
-    Raises:
-      OSError: if the folder cannot be written.
-    """
-    from safetensors.numpy import save as save_arrays
-
-    operator_arrays, geometry = _split_fields(attributor.layer.operator)
-    detector = serialization.to_state_dict(attributor.detector)
-    tree = {"operator": operator_arrays, "z_bar": attributor.z_bar, "detector": detector}
-    tree["calibration_scores"] = attributor.calibration_scores
-    if attributor.layer.bias is not None:
-        tree["bias"] = attributor.layer.bias
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    arrays = {
-        name: np.ascontiguousarray(value) for name, value in flat.items() if value is not None
-    }
-    content = save_arrays(arrays)
-    settings = {
-        "format": _FORMAT,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "operator": {"kind": type(attributor.layer.operator).__name__, **geometry},
-        "activation": attributor.layer.activation,
-        "config": dataclasses.asdict(attributor.config),
-    }
-    if isinstance(attributor.detector, DeepSADDetector):
-        fitted = attributor.detector.features
-        settings["features"] = {
-            "config": dataclasses.asdict(fitted.config),
-            "input_shape": fitted.input_shape,
-        }
-        settings["deepsad"] = {
-            "config": dataclasses.asdict(attributor.detector.model.config),
-            "input_shape": attributor.detector.model.input_shape,
-        }
-    os.makedirs(path, exist_ok=True)
-    # JSON last: until it names the new digest the old pair is broken, not mixed.
-    for name, data_bytes in (
-        (_ARRAYS, content),
-        (_SETTINGS, json.dumps(settings, indent=1).encode()),
-    ):
-        partial = os.path.join(path, f"{name}.{os.getpid()}.tmp")
-        with open(partial, "wb") as file:
-            file.write(data_bytes)
-        os.replace(partial, os.path.join(path, name))
-
-
-def load(path: str | os.PathLike) -> Attributor:
-    """Read an attributor written by `save`, on whatever device is there.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if the files are damaged, do not belong together, or come from a newer version.
-    """
-    from safetensors.numpy import load as load_arrays
-
-    with open(os.path.join(path, _SETTINGS)) as file:
-        text = file.read()
-    with open(os.path.join(path, _ARRAYS), "rb") as file:
-        content = file.read()
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: {_SETTINGS} is damaged ({error}); save it again") from error
-    try:
-        if settings["format"] != _FORMAT:
-            raise ValueError(
-                f"{path} has format {settings['format']}, this version reads {_FORMAT}: "
-                "update flipad_jax"
-            )
-        if hashlib.sha256(content).hexdigest() != settings["sha256"]:
-            raise ValueError(
-                f"{path}: {_ARRAYS} is not the file that {_SETTINGS} was written with; "
-                "save it again"
-            )
-        return _assemble(settings, load_arrays(content))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an attributor: {error}") from error
-
-
-def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attributor:
-    tree = traverse_util.unflatten_dict(flat, sep="/")
-    geometry = {name: _tuples(value) for name, value in settings["operator"].items()}
-    operator_class = _OPERATORS[geometry.pop("kind")]
-    operator = operator_class(**jax.tree.map(jnp.asarray, tree["operator"]), **geometry)
-    bias = tree.get("bias")
-    layer = FinalLayer(
-        operator, None if bias is None else jnp.asarray(bias), settings["activation"]
-    )
-    stored = dict(settings["config"])
-    stored["one_class"] = OneClassConfig(**stored["one_class"])
-    stored["impostor"] = ImpostorClassifierConfig(**stored["impostor"])
-    if stored["deepsad"] is not None:
-        stored["deepsad"] = DeepSADConfig(**stored["deepsad"])
-    config = AttributorConfig(**stored)
-    arrays = jax.tree.map(jnp.asarray, tree["detector"])
-    detector: OneClass | DeepSADDetector
-    if config.detector == "one_class":
-        classifier = None
-        if arrays.get("classifier"):
-            classifier = ImpostorClassifier(
-                arrays["classifier"]["variables"], _image_shape(layer), config.impostor
-            )
-        detector = OneClass(
-            mean=arrays["mean"],
-            directions=arrays["directions"],
-            moments=one_class.Gaussian(**arrays["moments"]),
-            quantiles=one_class.Gaussian(**arrays["quantiles"]),
-            reference=arrays["reference"],
-            classifier=classifier,
-            input_shape=geometry["input_shape"],
-            config=config.one_class,
-        )
-    else:
-        fitted = features.FittedFeatures(
-            **{name: arrays.get("features", {}).get(name) for name in ("mean", "std", "channels")},
-            config=features.FeatureConfig(**settings["features"]["config"]),
-            input_shape=_tuples(settings["features"]["input_shape"]),
-        )
-        model = DeepSAD(
-            **arrays["model"],
-            config=DeepSADConfig(**settings["deepsad"]["config"]),
-            input_shape=_tuples(settings["deepsad"]["input_shape"]),
-        )
-        detector = DeepSADDetector(fitted, model)
-    return Attributor(
-        layer, jnp.asarray(tree["z_bar"]), detector, tree["calibration_scores"], config
     )

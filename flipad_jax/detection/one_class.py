@@ -193,18 +193,18 @@ def fit(
     Returns:
       The detector. Calibrate it on own images that are in neither set.
     Raises:
-      ValueError: for shapes that differ, NaN, or too few images to fit anything (30 and 100).
+      ValueError: for shapes that differ, NaN, or too few images to fit anything (30 and 20).
     """
     from sklearn.covariance import ledoit_wolf
 
     _check("activations", own)
     shape = tuple(own.shape[1:])
     _check("reference activations", reference, shape)
-    if own.shape[0] < 30 or reference.shape[0] < 100:
+    if own.shape[0] < 30 or reference.shape[0] < 20:
         raise ValueError(
             f"the one-class detector got {own.shape[0]} own images to fit and "
             f"{reference.shape[0]} for reference; "
-            "it needs at least 30 and 100, and is good from about 1000 and 500 on"
+            "it needs at least 30 and 20, and is good from about 1000 and 500 on"
         )
     for name, z in (("own", own), ("reference", reference)):
         bad = np.flatnonzero(~np.isfinite(np.asarray(z)).all(axis=(1, 2, 3)))

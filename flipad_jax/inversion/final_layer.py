@@ -59,7 +59,8 @@ class FinalLayer:
 
     Attributes:
       operator: A, whose `output_shape` is that of an image, `(h, w, c)`.
-      bias: `[c]` added to every pixel before the activation, or None.
+      bias: `[c]`, added to every pixel before the activation, or of the shape of an image, as a
+        dense layer has it; None for none.
       activation: "tanh", "sigmoid" or "identity"; see the module docstring.
     """
 
@@ -264,11 +265,15 @@ def _indices(found: np.ndarray) -> str:
 
 
 def _bias(layer: FinalLayer) -> jax.Array:
-    """Bias in the shape `[1, 1, c]` of the output, checked."""
+    """Bias in the shape `[1, 1, c]` or `[h, w, c]` of the output, checked."""
     shape = layer.operator.output_shape
     bias = jnp.asarray(layer.bias, layer.operator.dtype)
+    if bias.shape == shape:
+        return bias
     if bias.shape != shape[-1:]:
-        raise ValueError(f"bias has shape {bias.shape}, expected {shape[-1:]}, one per channel")
+        raise ValueError(
+            f"bias has shape {bias.shape}, expected {shape[-1:]}, one per channel, or {shape}"
+        )
     return bias.reshape((1,) * (len(shape) - 1) + bias.shape)
 
 
