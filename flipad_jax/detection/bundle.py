@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
+from flipad_jax import files
 from flipad_jax.detection import features, one_class
 from flipad_jax.detection.attributor import (
     ActivationProfile,
@@ -32,6 +33,7 @@ from flipad_jax.detection.attributor import (
 from flipad_jax.detection.deepsad import DeepSAD, DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifier, ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
+from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer
 
@@ -66,6 +68,8 @@ def save(attributor: Attributor, path: str | os.PathLike) -> None:
     }
     if attributor.profile is not None:
         tree["profile"] = {"mean": attributor.profile.mean, "std": attributor.profile.std}
+    if attributor.validity is not None:
+        tree["validity"] = serialization.to_state_dict(attributor.validity)
     flat = traverse_util.flatten_dict(tree, sep="/")
     content = save_arrays(
         {name: np.ascontiguousarray(value) for name, value in flat.items() if value is not None}
@@ -100,13 +104,9 @@ def save(attributor: Attributor, path: str | os.PathLike) -> None:
         settings["profile"] = {"num_images": attributor.profile.num_images}
     settings["sha256"] = _digest(settings)
     text = json.dumps(settings, indent=1) + "\n"
-    os.makedirs(path, exist_ok=True)
     # JSON last: until it names the new digest the old pair is broken, not mixed.
-    for name, data_bytes in ((_ARRAYS, content), (_SETTINGS, text.encode())):
-        partial = os.path.join(path, f"{name}.{os.getpid()}.tmp")
-        with open(partial, "wb") as file:
-            file.write(data_bytes)
-        os.replace(partial, os.path.join(path, name))
+    files.write_atomically(os.path.join(path, _ARRAYS), content)
+    files.write_atomically(os.path.join(path, _SETTINGS), text.encode())
 
 
 def load(path: str | os.PathLike) -> Attributor:
@@ -206,6 +206,7 @@ def _split_fields(instance: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attributor:
     tree = traverse_util.unflatten_dict(flat, sep="/")
+    image_shape = _tuples(settings["images"]["shape"])
     geometry = {name: _tuples(value) for name, value in settings["operator"].items()}
     operator_class = _OPERATORS[geometry.pop("kind")]
     operator = operator_class(**jax.tree.map(jnp.asarray, tree["operator"]), **geometry)
@@ -226,7 +227,7 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
         if arrays.get("classifier"):
             classifier = ImpostorClassifier(
                 arrays["classifier"]["variables"],
-                _tuples(settings["images"]["shape"]),
+                image_shape,
                 config.impostor,
             )
         detector = OneClass(
@@ -251,16 +252,16 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
             input_shape=_tuples(settings["deepsad"]["input_shape"]),
         )
         detector = DeepSADDetector(fitted, model)
-    profile = tree.get("profile")
+    profile, untouched = (
+        jax.tree.map(jnp.asarray, tree[name]) if name in tree else None
+        for name in ("profile", "validity")
+    )
     return Attributor(
         layer,
         jnp.asarray(tree["z_bar"]),
         detector,
         tree["calibration_scores"],
         config,
-        (
-            None
-            if profile is None
-            else ActivationProfile(**jax.tree.map(jnp.asarray, profile), **settings["profile"])
-        ),
+        profile and ActivationProfile(**profile, **settings["profile"]),
+        untouched and Validity(**untouched, image_shape=image_shape),
     )

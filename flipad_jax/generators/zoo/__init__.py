@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from flipad_jax import files
 from flipad_jax.generators import dcgan, wgan_gp
 from flipad_jax.generators.sampling import TrainedGenerator
 
@@ -104,10 +105,7 @@ def save_file(
     if bad:
         raise ValueError(f"weights that are not finite in float16: {', '.join(bad)}")
     content = save(halves, metadata={"generator": json.dumps(dict(entry), sort_keys=True)})
-    partial = f"{os.fspath(path)}.tmp"
-    with open(partial, "wb") as file:
-        file.write(content)
-    os.replace(partial, path)
+    files.write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

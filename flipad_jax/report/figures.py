@@ -1,57 +1,34 @@
-"""Figures, tables and one self-contained HTML page of a run.
+"""Figures of a run: Matplotlib `Figure` objects that no global state of pyplot knows.
 
-The figures are Matplotlib `Figure` objects that no global state of pyplot knows; they look the
-same whatever style the user has set. `write_page` puts text, tables and figures into a single
-file without scripts and without a single outside resource, so that it can be mailed or archived.
-Whatever comes from outside (file names, source names) is escaped.
-
-Throughout, a score is higher the less likely an image is ours, and an image is rejected when its
-score exceeds the threshold. Scores that are NaN are left out, and the figure says how many.
+They look the same whatever style the user has set. Throughout, a score is higher the less likely an
+image is ours, and an image is rejected when its score exceeds the threshold. Scores that are NaN
+are left out, and the figure says how many.
 """
 
-import base64
 import contextlib
-import dataclasses
-import html
 import io
 import math
-import numbers
 import os
-import pathlib
 import textwrap
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterator,
-    Literal,
-    Mapping,
-    NamedTuple,
-    Sequence,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, NamedTuple, Sequence, cast
 
 import numpy as np
 
 from flipad_jax import data, metrics
+from flipad_jax.files import write_atomically
+from flipad_jax.report.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "KeyNumbers",
-    "Picture",
-    "Section",
-    "Table",
     "accuracy_chart",
     "average_activations",
     "image_grid",
-    "page_html",
+    "png",
     "roc_curves",
     "save_figure",
     "score_histograms",
-    "table_text",
-    "write_page",
 ]
 
 _DPI = 200
@@ -95,9 +72,6 @@ _STYLE = {
 }
 
 
-# --- figures ----------------------------------------------------------------------------------
-
-
 def image_grid(
     images_by_source: Mapping[str, np.ndarray], *, num_columns: int = 12, title: str | None = None
 ) -> "Figure":
@@ -134,7 +108,7 @@ def image_grid(
         figure = _new_figure(width / _DPI, height / _DPI)
         if title:
             figure.text(
-                margin / width, 1 - 20 / height, _printable(title), weight="bold", size=9, va="top"
+                margin / width, 1 - 20 / height, printable(title), weight="bold", size=9, va="top"
             )
         for row, (source, images) in enumerate(images_by_source.items()):
             strip = np.full((cell_h, num_columns * (cell_w + gap) - gap, 3), 255, np.uint8)
@@ -240,7 +214,7 @@ def score_histograms(
     """
     if not rivals:
         raise ValueError("score_histograms needs at least one rival")
-    own_name = _printable(own_name)
+    own_name = printable(own_name)
     own, own_nans = _without_nan(own)
     rows = {name: _without_nan(scores) for name, scores in rivals.items()}
     drawn = np.concatenate([own, *(kept for kept, _ in rows.values())])
@@ -303,9 +277,7 @@ def score_histograms(
             )
         panels[-1].xaxis.set_major_formatter(_plain_formatter())
         if title:
-            figure.text(
-                0.012, 1 - 0.08 / height, _printable(title), weight="bold", size=9, va="top"
-            )
+            figure.text(0.012, 1 - 0.08 / height, printable(title), weight="bold", size=9, va="top")
         label = f"{own_name}, " + ", ".join(describe(own, own_nans))
         figure.text(
             right, 1 - 0.08 / height, label, color=_OWN, weight="bold", ha="right", va="top"
@@ -436,7 +408,7 @@ def roc_curves(
         order += [name for name in handles if name not in scores]
         figure.legend(
             [handles[name] for name in order],
-            [_printable(name) for name in order],
+            [printable(name) for name in order],
             loc="upper left",
             ncols=legend_columns,
             bbox_to_anchor=(left / width - 0.01, 1.0),
@@ -506,7 +478,7 @@ def accuracy_chart(
                 color=colour,
                 mec="white",
                 mew=0.6,
-                label=_printable(detector),
+                label=printable(detector),
                 clip_on=False,
             )
         axes.set_yticks((np.arange(len(names)) + 0.5) * band, [_wrapped(n, 22) for n in names])
@@ -525,15 +497,13 @@ def accuracy_chart(
             borderaxespad=0.4,
         )
         if title:
-            figure.text(
-                0.012, 1 - 0.08 / height, _printable(title), weight="bold", size=9, va="top"
-            )
+            figure.text(0.012, 1 - 0.08 / height, printable(title), weight="bold", size=9, va="top")
     return figure
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
     """Writes a figure as PNG; the file appears complete or not at all."""
-    _write_atomically(path, _png(figure))
+    write_atomically(path, png(figure))
 
 
 @contextlib.contextmanager
@@ -556,7 +526,8 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     with _style():  # Software=None: no version in the file, the same run gives the same bytes
         figure.savefig(buffer, format="png", dpi=figure.dpi, metadata={"Software": None})
@@ -614,7 +585,7 @@ def _shares(scores: np.ndarray, edges: np.ndarray, scale: _Scale) -> np.ndarray:
 
 
 def _wrapped(name: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(_printable(name), width, max_lines=3, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(printable(name), width, max_lines=3, placeholder=" ..."))
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:
@@ -657,316 +628,3 @@ def _max_n_locator(num: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(num)
-
-
-# --- tables -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table for the page or the terminal.
-
-    Attributes:
-      header: names of the columns.
-      rows: cells: text, numbers, or None (drawn as a dash).
-      formats: format specification per column name, as ".1%" or ".3f"; floats without one get
-        four significant digits.
-      best: per column name "max" or "min": that value is marked (all of them, if several look
-        alike).
-      caption: a line below the table.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    best: Mapping[str, Literal["max", "min"]] = dataclasses.field(default_factory=dict)
-    caption: str | None = None
-
-    def __post_init__(self):
-        for i, row in enumerate(self.rows):
-            if len(row) != len(self.header):
-                raise ValueError(f"row {i} has {len(row)} cells, the header has {len(self.header)}")
-        for name in (*self.formats, *self.best):
-            if name not in self.header:
-                raise ValueError(f"no column {name!r}; there are {', '.join(self.header)}")
-        if not set(self.best.values()) <= {"max", "min"}:
-            raise ValueError(f'best is "max" or "min" per column, got {dict(self.best)}')
-
-
-def table_text(
-    header: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    *,
-    formats: Mapping[str, str] | None = None,
-    best: Mapping[str, Literal["max", "min"]] | None = None,
-) -> str:
-    """The same table for a terminal: columns aligned, numbers to the right, best marked by *.
-
-    Arguments as in `Table`. Control characters in cells are shown as escapes, so that a file name
-    cannot steer the terminal.
-    """
-    table = Table(header, rows, formats or {}, best or {})
-    cells, numeric, marked = _rendered(table)
-    starred = [column in table.best for column in table.header]
-    texts = [[_printable(name) for name in table.header]]
-    texts += [
-        [cell + ("*" if mark else "") for cell, mark in zip(*row)] for row in zip(cells, marked)
-    ]
-    # In a column with a mark, cells without it leave its place free: digits stay below digits.
-    for row, marks in zip(texts[1:], marked):
-        for j, mark in enumerate(marks):
-            if starred[j] and not mark:
-                row[j] += " "
-    if any(starred):
-        texts[0] = [name + (" " if s else "") for name, s in zip(texts[0], starred)]
-    widths = [max(len(row[j]) for row in texts) for j in range(len(table.header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric)
-        ).rstrip()
-        for row in texts
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _rendered(table: Table) -> tuple[list[list[str]], list[bool], list[list[bool]]]:
-    """Cells as text, which columns are numeric, and which cells are the best of their column."""
-    columns = [[row[j] for row in table.rows] for j in range(len(table.header))]
-    numeric = [
-        any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column)
-        for column in columns
-    ]
-    texts, marks = [], []
-    for name, column in zip(table.header, columns):
-        cells = [_cell(value, table.formats.get(name)) for value in column]
-        texts.append(cells)
-        finite = [(v, c) for v, c in zip(column, cells) if _is_number(v) and math.isfinite(v)]
-        winner = None
-        if name in table.best and finite:
-            winner = (max if table.best[name] == "max" else min)(finite, key=lambda pair: pair[0])[
-                1
-            ]
-        marks.append([winner is not None and cell == winner for cell in cells])
-    return [list(row) for row in zip(*texts)], numeric, [list(row) for row in zip(*marks)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-
-
-def _cell(value: Any, spec: str | None) -> str:
-    if value is None:
-        return "\u2013"
-    if _is_number(value):
-        if not math.isfinite(value):
-            return str(float(value))
-        if spec is None:
-            spec = "" if isinstance(value, numbers.Integral) else ".4g"
-        return format(value if isinstance(value, int) else np.asarray(value).item(), spec)
-    return _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Escapes what a terminal or a font would act on or choke on."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-# --- the page ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure on the page, with what it shows in a sentence (also its text for the blind)."""
-
-    figure: "Figure"
-    caption: str
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyNumbers:
-    """The few numbers a reader came for: (value as text, what it is)."""
-
-    numbers: Sequence[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A heading, and below it paragraphs (plain text), tables, figures, key numbers, in order."""
-
-    heading: str
-    blocks: Sequence["str | Table | Picture | KeyNumbers"]
-
-
-def page_html(
-    title: str, sections: Sequence[Section], *, lead: str | None = None, footer: str | None = None
-) -> str:
-    """The page as text: no script, no outside resource (a content policy forbids both).
-
-    Args:
-      title: of the page.
-      sections: in order.
-      lead: one paragraph below the title.
-      footer: small print at the end: how the page was made.
-    """
-    body = [f"<header><h1>{_escape(title)}</h1>"]
-    if lead:
-        body.append(f'<p class="lead">{_escape(lead)}</p>')
-    body.append("</header>")
-    if len(sections) > 2:
-        links = [
-            f'<li><a href="#s{i}">{_escape(section.heading)}</a></li>'
-            for i, section in enumerate(sections)
-        ]
-        body.append(f'<nav aria-label="Contents"><ul>{"".join(links)}</ul></nav>')
-    body.append("<main>")
-    for i, section in enumerate(sections):
-        body.append(f'<section id="s{i}"><h2>{_escape(section.heading)}</h2>')
-        body += [_block_html(block) for block in section.blocks]
-        body.append("</section>")
-    body.append("</main>")
-    if footer:
-        body.append(f"<footer>{_escape(footer)}</footer>")
-    return _PAGE.format(title=_escape(title), style=_CSS, body="\n".join(body))
-
-
-def write_page(
-    path: str | os.PathLike,
-    title: str,
-    sections: Sequence[Section],
-    *,
-    lead: str | None = None,
-    footer: str | None = None,
-) -> None:
-    """Writes `page_html` to a file, which appears complete or not at all."""
-    text = page_html(title, sections, lead=lead, footer=footer)
-    _write_atomically(path, text.encode("utf-8", "backslashreplace"))
-
-
-def _block_html(block: "str | Table | Picture | KeyNumbers") -> str:
-    if isinstance(block, str):
-        return f"<p>{_escape(block)}</p>"
-    if isinstance(block, Table):
-        return _table_html(block)
-    if isinstance(block, KeyNumbers):
-        items = "".join(
-            f"<div><dt>{_escape(what)}</dt><dd>{_escape(value)}</dd></div>"
-            for value, what in block.numbers
-        )
-        return f'<dl class="numbers">{items}</dl>'
-    if isinstance(block, Picture):
-        png = base64.b64encode(_png(block.figure)).decode("ascii")
-        width, height = (round(inches * 110) for inches in block.figure.get_size_inches())
-        caption = _escape(block.caption)
-        return (
-            f'<figure><div class="plate"><img alt="{caption}" width="{width}" height="{height}" '
-            f'src="data:image/png;base64,{png}"></div><figcaption>{caption}</figcaption></figure>'
-        )
-    raise ValueError(
-        f"a section holds text, Table, Picture or KeyNumbers, got {type(block).__name__}"
-    )
-
-
-def _table_html(table: Table) -> str:
-    cells, numeric, marked = _rendered(table)
-    kinds = [' class="num"' if is_number else "" for is_number in numeric]
-    head = "".join(
-        f'<th scope="col"{kind}>{_escape(name)}</th>' for name, kind in zip(table.header, kinds)
-    )
-    rows = []
-    for row, marks in zip(cells, marked):
-        tags = []
-        for cell, mark, kind in zip(row, marks, kinds):
-            text = f"<strong>{_escape(cell)}</strong>" if mark else _escape(cell)
-            tags.append(f"<td{kind}>{text}</td>")
-        rows.append(f"<tr>{''.join(tags)}</tr>")
-    caption = f"<figcaption>{_escape(table.caption)}</figcaption>" if table.caption else ""
-    return (
-        f'<figure class="table"><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{caption}</figure>"
-    )
-
-
-def _escape(text: str) -> str:
-    return html.escape(_printable(text), quote=True)
-
-
-def _write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" \
-content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-_CSS = """
-:root { --page: #f7f8fa; --card: #fff; --ink: #1f2933; --soft: #5f6c7b; --line: #e1e6eb;
-  --accent: #005a8f; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14181d; --card: #1c2229; --ink: #e6e9ed; --soft: #9aa7b5; --line: #313a44;
-    --accent: #7cc4f2; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 58rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans",
-  "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: clamp(1.6rem, 5vw, 2.2rem); line-height: 1.2; margin: 0 0 .6rem;
-  letter-spacing: -.015em; text-wrap: balance; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 0 0 .8rem; letter-spacing: -.01em; }
-p { margin: 0 0 1rem; max-width: 44rem; }
-.lead { font-size: 1.1rem; color: var(--soft); }
-nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: 1rem 0 2rem;
-  padding: 0; font-size: .92rem; }
-a { color: var(--accent); text-decoration: none; }
-a:hover, a:focus { text-decoration: underline; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  padding: 1.5rem; margin: 0 0 1.25rem; }
-section > :last-child { margin-bottom: 0; }
-figure { margin: 0 0 1.5rem; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 44rem; }
-.plate { background: #fff; border-radius: 8px; padding: .5rem; overflow-x: auto; }
-@media (prefers-color-scheme: dark) { .plate { background: #fff; filter: brightness(.93); } }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; min-width: 100%; font-size: .94rem; }
-th, td { padding: .45rem .8rem; text-align: left; border-bottom: 1px solid var(--line);
-  vertical-align: baseline; }
-th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-th:first-child, td:first-child { padding-left: 0; min-width: 5.5rem; }
-th:last-child, td:last-child { padding-right: 0; }
-tbody tr:last-child td { border-bottom: 0; }
-.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-strong { color: var(--accent); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
-  gap: 1.2rem; margin: 0 0 1.5rem; }
-.numbers div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
-.numbers dd { margin: 0; font-size: 1.9rem; font-weight: 650; line-height: 1.2;
-  letter-spacing: -.02em; font-variant-numeric: tabular-nums; color: var(--accent); }
-.numbers dt { color: var(--soft); font-size: .9rem; line-height: 1.4; }
-footer { color: var(--soft); font-size: .85rem; padding: .5rem 0; }
-@media (max-width: 34rem) { body { padding: 1.5rem .75rem 3rem; } section { padding: 1rem; }
-  .plate img { max-width: none; width: 36rem; } }
-@media print { body { max-width: none; background: #fff; } section { border: 0; padding: 0; }
-  nav { display: none; } figure, tr { break-inside: avoid; } }
-"""
