@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import flipad_jax
-from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics
+from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics, perturbations
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import calibration
 from flipad_jax.detection.deepsad import DeepSADConfig
@@ -17,6 +17,7 @@ from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.inversion.final_layer import forward, invert
 
 QUICK = {
+    "check_untouched": False,
     "tol": 0.0,
     "max_iters": 15,
     "one_class": OneClassConfig(num_components=20, batch_size=64),
@@ -271,3 +272,18 @@ def test_departures_show_where_an_image_is_not_ours(fitted):
     assert none.maps.shape == (0, 8, 8) and np.isnan(none.mean_activation).all()
     with pytest.raises(ValueError, match="inverts no images"):
         attribution.departures(fit("deepsad", "pixels"), OWN[:2])
+
+
+def test_own_images_that_were_processed_are_doubted_and_untouched_ones_are_not(tmp_path):
+    fitted = fit(check_untouched=True)
+    fresh, _ = model_images(2, 200)
+    found = flipad_jax.verdicts(fitted, fresh)
+    assert (found.doubt != "").mean() < 0.06 and found.doubt.shape == (200,)
+    spoiled = perturbations.blur(fresh, 3)
+    found = flipad_jax.verdicts(fitted, spoiled)
+    assert ["blur" in text for text in found.doubt].count(True) > 180
+    flipad_jax.save(fitted, tmp_path)
+    loaded = flipad_jax.load(tmp_path)
+    np.testing.assert_array_equal(attribution.doubts(loaded, spoiled), found.doubt)
+    assert not any(attribution.doubts(fit(), spoiled))
+    assert attribution.doubts(fitted, fresh[:0]).shape == (0,)

@@ -29,10 +29,18 @@ from absl import logging
 from flax import struct
 
 from flipad_jax import data
-from flipad_jax.detection import calibration, deepsad, features, impostor_classifier, one_class
+from flipad_jax.detection import (
+    calibration,
+    deepsad,
+    features,
+    impostor_classifier,
+    one_class,
+    validity,
+)
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
+from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion.final_layer import FinalLayer, invert
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
 
 DETECTORS = ("one_class", "deepsad")
 _USUAL_FNR = 0.005  # of the FLIPAD paper
+_DOUBTED = 0.01  # p-value of "untouched" up to which a verdict is doubted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,8 @@ class AttributorConfig:
       deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
       calibration_share: share of the generated images that calibrate; the one-class detector takes
         as many again as reference for its tail probabilities.
+      check_untouched: learn, from own images, to tell processed images from untouched ones
+        (`validity`); some seconds of fitting.
       batch_size: images inverted and scored at a time: memory does not grow with the number of
         images.
     """
@@ -92,6 +103,7 @@ class AttributorConfig:
     num_inverted: int = 2000
     deepsad: DeepSADConfig | None = None
     calibration_share: float = 0.25
+    check_untouched: bool = True
     batch_size: int = 256
 
     def __post_init__(self):
@@ -154,6 +166,7 @@ class Attributor:
       calibration_scores: `[n]` float64 scores of own images that fitted nothing.
       config: settings.
       profile: own activations, for `departures`; None where the features are no activations.
+      validity: what untouched own images look like, for `doubts`; None if that was not learned.
     """
 
     layer: FinalLayer
@@ -162,6 +175,7 @@ class Attributor:
     calibration_scores: np.ndarray
     config: AttributorConfig
     profile: ActivationProfile | None = None
+    validity: Validity | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -207,6 +221,7 @@ class Verdicts(NamedTuple):
       converged: `[n]` bool, see `Scores`; no verdict is given where False.
       verdict: `[n]` text: "ours", "not_ours" or "cannot_judge".
       relative_gap: `[n]`, see `Scores`.
+      doubt: `[n]` text, why a verdict is doubtful, "" where nothing speaks against it; see `doubts`.
     """
 
     score: np.ndarray
@@ -216,6 +231,7 @@ class Verdicts(NamedTuple):
     converged: np.ndarray
     verdict: np.ndarray
     relative_gap: np.ndarray
+    doubt: np.ndarray
 
 
 Progress = Callable[[str, int, int], None]
@@ -330,6 +346,12 @@ def fit(
             raise ValueError(f"the {config.detector} detector takes no images of impostors")
         impostors = data.check_images(impostors, shape=shape)
     split_rng, train_rng = jax.random.split(rng)
+    untouched = None
+    if config.check_untouched:
+        progress("learning what untouched images look like", 0, 1)
+        own = generated if generated.dtype == np.uint8 else data.to_uint8(generated)
+        untouched = validity.fit(own, jax.random.fold_in(rng, 2))
+        progress("learning what untouched images look like", 1, 1)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
     if num_calibration < 20:
@@ -394,7 +416,7 @@ def fit(
             ),
         )
         detector = DeepSADDetector(fitted, model)
-    attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile)
+    attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
     scores = score_with_info(attributor, generated[calibrating], progress=progress).score
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
 
@@ -441,10 +463,34 @@ def score_with_info(
     return Scores(*(np.concatenate(parts) for parts in zip(*columns)))
 
 
-def doubts(attributor: Attributor, images: np.ndarray) -> list[str]:
-    """What makes a verdict doubtful, per image; "" for nothing."""
-    del attributor
-    return [""] * len(images)
+def doubts(attributor: Attributor, images: np.ndarray) -> np.ndarray:
+    """What makes a verdict doubtful: traces of processing after the image was made (`validity`).
+
+    Own images that were recompressed, resized, blurred or made noisy are usually declared not ours;
+    the attributor is calibrated on untouched ones.
+
+    Args:
+      attributor: from `fit` or `load`.
+      images: as for `score`.
+    Returns:
+      `[n]` text, "" for no doubt; of untouched own images 1 % are doubted. All empty if the
+      attributor has no `validity`.
+    Raises:
+      ValueError: for bad images.
+    """
+    images = data.check_images(images, shape=attributor.image_shape)
+    if attributor.validity is None:
+        return np.full(len(images), "")
+    checks = validity.check(attributor.validity, images)
+    said = {
+        kind: f"looks processed ({kind}) after it was made; calibrated for untouched images"
+        for kind in validity.KINDS
+    }
+    texts = [
+        said[kind] if p_value <= _DOUBTED else ""
+        for p_value, kind in zip(checks.p_value, checks.kind)
+    ]
+    return np.array(texts, dtype=np.str_) if texts else np.full(0, "")
 
 
 class Departures(NamedTuple):
@@ -532,7 +578,8 @@ def verdicts(
       ValueError: for bad images, or an fnr outside [0, 1].
     """
     calibration.threshold(attributor.calibration_scores, fnr)  # Refuses a bad rate, before work.
-    return decide(attributor, score_with_info(attributor, images, progress=progress), fnr)
+    scores = score_with_info(attributor, images, progress=progress)
+    return decide(attributor, scores, fnr)._replace(doubt=doubts(attributor, images))
 
 
 def decide(attributor: Attributor, scores: Scores, fnr: float = 0.005) -> Verdicts:
@@ -543,7 +590,7 @@ def decide(attributor: Attributor, scores: Scores, fnr: float = 0.005) -> Verdic
       scores: from `score_with_info`.
       fnr: as for `verdicts`.
     Returns, errors:
-      As for `verdicts`.
+      As for `verdicts`, without doubts, which take the images.
     """
     threshold = calibration.threshold(attributor.calibration_scores, fnr)
     judged = np.isfinite(scores.score) & scores.converged
@@ -553,5 +600,12 @@ def decide(attributor: Attributor, scores: Scores, fnr: float = 0.005) -> Verdic
     )
     text = np.where(accepted, "ours", np.where(judged, "not_ours", "cannot_judge"))
     return Verdicts(
-        scores.score, p_value, threshold, accepted, scores.converged, text, scores.relative_gap
+        scores.score,
+        p_value,
+        threshold,
+        accepted,
+        scores.converged,
+        text,
+        scores.relative_gap,
+        np.full(len(text), ""),
     )

@@ -1,0 +1,20 @@
+"""A generator of 8 x 8 colour images that is small enough to be made anew in every test."""
+
+import jax
+import numpy as np
+
+from flipad_jax import FinalLayer, data, linops
+from flipad_jax.inversion.final_layer import forward
+
+_DRAW = np.random.default_rng(0)
+KERNEL = (0.2 * _DRAW.standard_normal((4, 4, 5, 3))).astype(np.float32)
+BIAS = np.array([0.1, -0.2, 0.3], np.float32)
+LAYER = FinalLayer(linops.conv_transpose(KERNEL, (4, 4, 5), strides=2, padding=1), BIAS)
+_MIXING = _DRAW.standard_normal((6, 4, 4, 5))
+
+
+def own_images(seed, num):
+    """(uint8 images [num, 8, 8, 3], activations [num, 4, 4, 5]) of a few factors and a ReLU."""
+    latents = np.random.default_rng(seed).standard_normal((num, 6))
+    z = np.maximum(np.einsum("nk,khwc->nhwc", latents, _MIXING), 0).astype(np.float32)
+    return data.to_uint8(np.asarray(jax.vmap(lambda v: forward(LAYER, v))(z))), z
