@@ -19,11 +19,13 @@ _PUBLIC = {
     "Verdicts": "flipad_jax.detection.attributor",
     "data": "flipad_jax.data",
     "fit": "flipad_jax.detection.attributor",
+    "interop": "flipad_jax.generators.interop",
     "invert": "flipad_jax.inversion.final_layer",
     "lasso": "flipad_jax.inversion.lasso",
     "linops": "flipad_jax.inversion.linops",
     "load": "flipad_jax.detection.bundle",
     "mean_activation": "flipad_jax.inversion.final_layer",
+    "perturbations": "flipad_jax.perturbations",
     "save": "flipad_jax.detection.bundle",
     "score": "flipad_jax.detection.attributor",
     "verdicts": "flipad_jax.detection.attributor",
@@ -33,7 +35,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from flipad_jax import data
+    from flipad_jax import data, perturbations
     from flipad_jax.detection.attributor import (
         Attributor,
         AttributorConfig,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
         verdicts,
     )
     from flipad_jax.detection.bundle import load, save
-    from flipad_jax.generators import zoo
+    from flipad_jax.generators import interop, zoo
     from flipad_jax.inversion import lasso, linops
     from flipad_jax.inversion.final_layer import FinalLayer, invert, mean_activation
 

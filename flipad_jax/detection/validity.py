@@ -16,7 +16,7 @@ and `check` gives a suspect image a p-value of "untouched" and the likeliest kin
     with one Ledoit-Wolf covariance. With d_k the Mahalanobis distance to the mean of process k, 0
     meaning untouched, (d_0^2 - d_k^2) / 2 are the log odds of k against untouched. What is unlike
     all of them is no evidence of any: an eighth of the excess of d_k^2 over its 99 % quantile among
-    copies by process k is subtracted. The score is the maximum over k.
+    other copies by process k is subtracted. The score is the maximum over k.
 *   *p-value*: conformal, p = (1 + #{own >= score}) / (n + 1), on own images that fitted nothing.
     Scores below 0 (untouched is likelier) count as 0. The p-value stays valid, and an image is
     never called processed only because it is a little unlike ours.
@@ -69,6 +69,7 @@ _BLUR_KERNELS = (3, 5)
 _RESIZE_FACTORS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.25, 1.5, 2.0)
 _CROP_SHARES = (24 / 32, 26 / 32, 27 / 32, 28 / 32, 29 / 32, 30 / 32, 31 / 32)
 
+_LEARNING = 0.8  # share of the images fitted on that give means and covariance, the rest limits
 _TYPICAL = 0.99  # share of copies that are not too strange for their kind
 _STRANGENESS = 1 / 8  # log odds lost per squared distance beyond
 
@@ -179,16 +180,18 @@ def fit(images: np.ndarray, rng: jax.Array, *, num_images: int = 2000) -> Validi
         copies = _processed(process, fitting, jax.random.fold_in(copy_rng, index))
         described.append(_describe(copies))
     features = np.stack(described).astype(np.float64)  # [1 + p, n, f]
-    offset = features[0].mean(axis=0)
+    # Images that the covariance was fitted to lie nearer to their means than others will.
+    learning = features[:, : round(_LEARNING * features.shape[1])]
+    offset = learning[0].mean(axis=0)
     # A feature that hardly varies (no white pixel anywhere) must not be blown up to count.
-    scale = features.std(axis=(0, 1)) + 0.05
-    standard = (features - offset) / scale
-    means = standard.mean(axis=1)
-    within = (standard - means[:, None]).reshape(-1, standard.shape[-1])
+    scale = learning.std(axis=(0, 1)) + 0.05
+    means = ((learning - offset) / scale).mean(axis=1)
+    apart = (features - offset) / scale - means[:, None]
+    within = apart[:, : learning.shape[1]].reshape(-1, apart.shape[-1])
     covariance, _ = ledoit_wolf(within, assume_centered=True)
     precision = np.linalg.inv(covariance)
-    inside = (standard - means[:, None])[1:]
-    distances = np.sum((inside @ precision) * inside, axis=-1)
+    fresh = apart[1:, learning.shape[1] :]
+    distances = np.sum((fresh @ precision) * fresh, axis=-1)
     validity = Validity(
         offset=jnp.asarray(offset, jnp.float32),
         scale=jnp.asarray(scale, jnp.float32),

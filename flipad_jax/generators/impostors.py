@@ -14,12 +14,15 @@ still draws our pictures, as another training of the same architecture would:
 
 No rival and no real image is involved. `detection.one_class` learns from them what only our own
 weights do.
+
+`generate` does all of it for a generator of this library. Whoever changes the hidden layers
+elsewhere (`interop` does it in PyTorch) hands the changed activations to `finish`.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +33,35 @@ from flipad_jax.generators import sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.inversion import final_layer, polyphase
 from flipad_jax.inversion.final_layer import FinalLayer
-from flipad_jax.inversion.linops import ConvTranspose
+from flipad_jax.inversion.linops import Conv, ConvTranspose, Dense
 
-__all__ = ["generate"]
+__all__ = ["Choices", "finish", "generate", "num_refitted", "strength"]
 
 _STRENGTH = (0.2, 1.0)
 _IMAGES_REFITTED_ON = 96
+_ROWS_REFITTED_ON = 100_000  # of one least-squares problem: memory for large images
 _REFITTED, _JITTERED = 0.6, 0.2  # and the rest unchanged
 _RIDGE = (1e-5, 1e-2)  # over the mean diagonal of the normal equations
+
+
+class Choices(NamedTuple):
+    """What is drawn for one impostor; numbers are float32 scalars, uniform in [0, 1) or normal.
+
+    Attributes:
+      strength: uniform, see `strength`.
+      case: uniform; refit, jitter or keep the last layer.
+      ridge: uniform; ridge of the refit, log-uniform.
+      contrast: uniform; whether the contrast changes.
+      contrast_noise: normal; how much.
+      last_noise: normal, the shape of the last layer's weights; its jitter.
+    """
+
+    strength: jax.Array | np.ndarray
+    case: jax.Array | np.ndarray
+    ridge: jax.Array | np.ndarray
+    contrast: jax.Array | np.ndarray
+    contrast_noise: jax.Array | np.ndarray
+    last_noise: jax.Array | np.ndarray
 
 
 def generate(
@@ -92,6 +116,62 @@ def _jittered(weights: jax.Array, noise: jax.Array, strength: jax.Array) -> jax.
     return jnp.sqrt(1 - strength**2) * weights + strength * weights.std() * noise
 
 
+def strength(uniform: jax.Array | np.ndarray) -> jax.Array:
+    """How strongly weights are jittered: log-uniform from 0.2 to 1."""
+    return _log_uniform(jnp.asarray(uniform, jnp.float32), _STRENGTH)
+
+
+def num_refitted(layer: FinalLayer, num_images: int) -> int:
+    """On how many of an impostor's images its last layer is refitted.
+
+    The first ones, and not all: what is left over is not what the last layer was fitted to.
+    """
+    rows = 1
+    if isinstance(layer.operator, (Conv, ConvTranspose)):
+        rows = math.prod(polyphase.polyphase(layer.operator).output_shape[:2])
+    most = min(_IMAGES_REFITTED_ON, _ROWS_REFITTED_ON // rows, 3 * num_images // 4)
+    return max(2, most)
+
+
+def finish(
+    layer: FinalLayer, activations: jax.Array, wanted: jax.Array, choices: Choices
+) -> jax.Array:
+    """Images of an impostor whose hidden layers were changed: steps 2 and 3.
+
+    Args:
+      layer: our own last layer. A dense one is jittered where another would be refitted: it has
+        more weights than there are images.
+      activations: `[n, *input_shape]` that the changed layers make.
+      wanted: `[m, h, w, c]`, what our own model makes of the first m latents before bias and
+        activation, m = `num_refitted(layer, n)`.
+      choices: what was drawn.
+    Returns:
+      `[n, h, w, c]` uint8.
+    """
+    operator = layer.operator
+    name = "matrix" if isinstance(operator, Dense) else "kernel"
+    weights = getattr(operator, name)
+
+    def jitter():
+        return _jittered(weights, choices.last_noise, 0.3 * strength(choices.strength))
+
+    def refit():
+        if isinstance(operator, Dense):
+            return jitter()
+        ridge = _log_uniform(choices.ridge, _RIDGE)
+        return _refitted(cast(ConvTranspose, operator), activations[: len(wanted)], wanted, ridge)
+
+    changed = jax.lax.switch(
+        (choices.case > _REFITTED).astype(jnp.int32) + (choices.case > _REFITTED + _JITTERED),
+        [refit, jitter, lambda: weights],
+    )
+    changed_operator = dataclasses.replace(cast(Any, operator), **{name: changed})
+    before = jax.vmap(changed_operator.forward)(activations)
+    before = before * jnp.where(choices.contrast < 0.3, 1 + 0.1 * choices.contrast_noise, 1)
+    images = jax.vmap(functools.partial(final_layer.activate, layer))(before)
+    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
 @functools.partial(jax.jit, static_argnames="num_images")
 def _impostor(
     generator: TrainedGenerator, layer: FinalLayer, rng: jax.Array, *, num_images: int
@@ -99,29 +179,16 @@ def _impostor(
     latent_rng, choice_rng, noise_rng = jax.random.split(rng, 3)
     latents = jax.random.normal(latent_rng, (num_images, generator.latent_dim), jnp.float32)
     strength_u, case_u, ridge_u, contrast_u = jax.random.uniform(choice_rng, (4,), jnp.float32)
-    strength = _log_uniform(strength_u, _STRENGTH)
-    changed, last_noise, contrast = _with_changed_layers(generator.variables, noise_rng, strength)
+    changed, last_noise, contrast = _with_changed_layers(
+        generator.variables, noise_rng, strength(strength_u)
+    )
     activations, _ = generator.module.apply(
         changed, latents, train=True, mutable=["batch_stats"], method="activation"
     )
-    # The first ones, so that what is left over is not what the last layer was fitted to.
-    few = latents[: max(2, min(_IMAGES_REFITTED_ON, 3 * num_images // 4))]
-    operator = cast(ConvTranspose, layer.operator)
-    wanted = jax.vmap(operator.forward)(sampling.activations(generator, few))
-    kernel = jax.lax.switch(
-        (case_u > _REFITTED).astype(jnp.int32) + (case_u > _REFITTED + _JITTERED),
-        [
-            lambda: _refitted(
-                operator, activations[: len(few)], wanted, _log_uniform(ridge_u, _RIDGE)
-            ),
-            lambda: _jittered(operator.kernel, last_noise, 0.3 * strength),
-            lambda: operator.kernel,
-        ],
-    )
-    before = jax.vmap(dataclasses.replace(operator, kernel=kernel).forward)(activations)
-    before = before * jnp.where(contrast_u < 0.3, 1 + 0.1 * contrast, 1)
-    images = jax.vmap(functools.partial(final_layer.activate, layer))(before)
-    return jnp.round((images + 1) * 127.5).astype(jnp.uint8)
+    few = latents[: num_refitted(layer, num_images)]
+    wanted = jax.vmap(layer.operator.forward)(sampling.activations(generator, few))
+    choices = Choices(strength_u, case_u, ridge_u, contrast_u, contrast, last_noise)
+    return finish(layer, activations, wanted, choices)
 
 
 def _with_changed_layers(
@@ -164,37 +231,49 @@ def _with_changed_layers(
 
 
 def _refitted(
-    op: ConvTranspose, activations: jax.Array, wanted: jax.Array, ridge: jax.Array
+    op: ConvTranspose | Conv, activations: jax.Array, wanted: jax.Array, ridge: jax.Array
 ) -> jax.Array:
     """Kernel that best makes `wanted` [n, H, W, out] of `activations` [n, h, w, in].
 
     Output pixels of one phase (`polyphase`) share their kernel elements with no other phase, so
-    there is one small least-squares problem per phase.
+    there is one small least-squares problem per phase. A convolution has one phase, and the problem
+    is that of its patches.
     """
     packed = polyphase.polyphase(op)
     rows, columns = polyphase.taps(op)
+    inputs = polyphase.pack_input(packed, activations)
     wanted = polyphase.pack_output(packed, wanted)
+    # Where the stride does not divide the image, packing adds pixels that nobody wants.
+    real = polyphase.pack_output(packed, jnp.ones(op.output_shape, wanted.dtype))
     tall, wide, _ = packed.output_shape
     c_in, c_out = op.kernel.shape[2:]
+    in_columns = op.strides[1] if isinstance(op, Conv) else 1
+    out_rows, out_columns = op.strides if isinstance(op, ConvTranspose) else (1, 1)
+    divides = op.output_shape[0] % out_rows == 0 and op.output_shape[1] % out_columns == 0
+
+    def seen(k, q):
+        phase = rows[k].input_phase * in_columns + columns[q].input_phase
+        x = inputs[..., phase * c_in : (phase + 1) * c_in]
+        return polyphase.moved(
+            polyphase.moved(x, rows[k].shift, 1, tall), columns[q].shift, 2, wide
+        )
+
     problems = []
-    for a in range(op.strides[0]):
-        for b in range(op.strides[1]):
+    for a in range(out_rows):
+        for b in range(out_columns):
             elements = [
                 (k, q)
                 for k, row in enumerate(rows)
                 for q, column in enumerate(columns)
                 if (row.output_phase, column.output_phase) == (a, b)
             ]
-            seen = [
-                polyphase.moved(
-                    polyphase.moved(activations, rows[k].shift, 1, tall), columns[q].shift, 2, wide
-                )
-                for k, q in elements
-            ]
             if not elements:
                 continue
-            x = jnp.concatenate(seen, axis=-1).reshape(-1, len(elements) * c_in)
-            phase = a * op.strides[1] + b
+            phase = a * out_columns + b
+            x = jnp.concatenate([seen(k, q) for k, q in elements], axis=-1)
+            if not divides:
+                x = x * real[None, :, :, phase * c_out, None]
+            x = x.reshape(-1, len(elements) * c_in)
             y = wanted[..., phase * c_out : (phase + 1) * c_out].reshape(-1, c_out)
             gram = x.T @ x
             gram = gram + ridge * jnp.trace(gram) / len(gram) * jnp.eye(len(gram), dtype=x.dtype)
