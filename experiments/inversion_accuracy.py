@@ -409,13 +409,31 @@ def summary(results: dict[str, Any]) -> str:
     return report.table_text(table.header, table.rows, formats=table.formats, best=table.best)
 
 
+def _outcome(results: dict[str, Any]) -> str:
+    """The default beside the best setting, in a sentence or two."""
+
+    def told(row):
+        return (
+            f"lam {row['lam']:g}, {row['asked']}: AUC {row['mean_auc']:.3f}, accuracy "
+            f"{100 * row['mean_accuracy']:.1f} %, {1e3 * row['cpu_seconds_per_image']:.1f} ms of "
+            "processor time an image"
+        )
+
+    tested = [row for row in results["rows"] if row["tested"]]
+    best = max(tested, key=lambda row: row["mean_auc"])
+    text = f"Highest AUC over rivals: {told(best)}."
+    usual = results["usual"]
+    return text if usual is None else f"{text} The library's defaults: {told(usual)}."
+
+
 def _write_report(record: Run, config: Config, results: dict[str, Any], figure: Any) -> None:
     usual = AttributorConfig()
     table = dataclasses.replace(
         _table(results),
         caption="Accuracy at one threshold per setting: own accepted and rival rejected, averaged. "
         "Gap: median over all images. ms, CPU ms: per image, of inverting, by the clock and of all "
-        "cores; other load on the machine adds to the former. A row without accuracy was left out: its gap takes more than "
+        "cores; other load on the machine adds to the former. A row without accuracy was left out: "
+        f"its gap takes more than "
         f"{config.most_iterations} iterations an image (one in float64 counts "
         f"{FLOAT64_COST}), or was not reached in twice as many on {config.num_probe} images.",
     )
@@ -433,5 +451,5 @@ def _write_report(record: Run, config: Config, results: dict[str, Any], figure: 
         record.workdir / "report.html",
         "How exactly images must be inverted",
         [report.Section("Result", [picture, setup]), report.Section("All settings", [table])],
-        lead="The detector fitted and tested on the same images, inverted in different ways.",
+        lead=_outcome(results),
     )
