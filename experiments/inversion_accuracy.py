@@ -98,6 +98,8 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     names = zoo.names()
     if config.ours not in names:
         raise ValueError(f"--ours={config.ours} is not in the zoo: {', '.join(names)}")
+    if not config.lams or not (config.gaps or config.iterations):
+        raise ValueError("nothing to compare: give --lams, and --gaps or --iterations")
     ours = zoo.load(config.ours)
     mean_rng, own_rng, rival_rng, fit_rng = jax.random.split(jax.random.key(config.seed), 4)
     z_bar = record.stage(
@@ -322,6 +324,7 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     """Accuracy and AUC against the gap reached, a line per lam."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(7.6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -333,17 +336,29 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     ):
         for index, lam in enumerate(lams):
             colour = colours[index % len(colours)]
-            line = sorted(
-                (row for row in rows if row["lam"] == lam), key=lambda r: -r["gap_median"]
-            )
+            line = [row for row in rows if row["lam"] == lam]
             for method, options in (
                 ("fista", {"marker": "o", "mfc": "white", "label": f"lam {lam:g}"}),
                 ("primal_dual", {"marker": "D"}),
             ):
                 points = [row for row in line if row["method"] == method]
                 gaps, values = ([row[key] for row in points] for key in ("gap_median", value))
+                if method == "fista" and lam == lams[-1]:
+                    # Here the gaps are far enough apart to write beside them.
+                    for row, x, y in zip(points, gaps, values, strict=True):
+                        axes.annotate(
+                            str(row["max_iters"]),
+                            (x, y),
+                            xytext=(5, -3),
+                            textcoords="offset points",
+                            size=7,
+                            color=colour,
+                        )
                 axes.plot(gaps, values, color=colour, ms=4.5, lw=1.2, **options)
         axes.set_xscale("log")
+        # The library's figures parse no mathematics, so no 10^k.
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda gap, _: f"{gap:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_xaxis()
         axes.set_xlabel("relative duality gap reached (median), more exact to the right")
         axes.set_title(f"Mean {name} over rivals", loc="left", size=9, weight="bold")
@@ -356,7 +371,7 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
     panels[0].legend(
         frameon=False,
         fontsize=7.5,
-        title="circles: FISTA, diamonds: primal-dual",
+        title="circles: FISTA (iterations), diamonds: primal-dual",
         title_fontsize=7.5,
     )
     return figure
@@ -420,6 +435,8 @@ def _outcome(results: dict[str, Any]) -> str:
         )
 
     tested = [row for row in results["rows"] if row["tested"]]
+    if not tested:
+        return "No setting was within --most_iterations."
     best = max(tested, key=lambda row: row["mean_auc"])
     text = f"Highest AUC over rivals: {told(best)}."
     usual = results["usual"]

@@ -96,6 +96,10 @@ def test_the_page_shows_the_figure(smoke):
     page = (smoke / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 1
     assert page.count("<tr>") == 1 + 6
+    rows = json.loads((smoke / "results.json").read_text())["metrics"]["rows"]
+    best = max((row for row in rows if row["tested"]), key=lambda row: row["mean_auc"])
+    told = f"lam {best['lam']:g}, {best['asked']}: AUC {best['mean_auc']:.3f}"
+    assert f"Highest AUC over rivals: {told}" in page
 
 
 def test_the_detector_is_that_of_the_library(toy):
@@ -125,7 +129,16 @@ def test_a_gap_that_float32_misses_is_found_in_float64():
     assert np.isinf(probe(1e-7, 5)["iterations"])
 
 
-def test_an_unknown_generator_is_refused(tmp_path, capsys):
-    assert run(tmp_path / "work", "--ours=digits_dcgan_9") == 2
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--ours=digits_dcgan_9"], "digits_dcgan_9 is not in the zoo"),
+        (["--gaps=", "--iterations="], "nothing to compare"),
+        (["--lams="], "nothing to compare"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_computed(tmp_path, capsys, flags, words):
+    assert run(tmp_path / "work", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("error:") and "digits_dcgan_9" in error[-1]
+    assert error[-1].startswith("error:") and words in error[-1]
+    assert not (tmp_path / "work" / "stages").exists()
