@@ -360,7 +360,7 @@ def _figure(rows: list[dict[str, Any]]) -> Any:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda gap, _: f"{gap:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_xaxis()
-        axes.set_xlabel("relative duality gap reached (median), more exact to the right")
+        axes.set_xlabel("relative duality gap reached (median)")
         axes.set_title(f"Mean {name} over rivals", loc="left", size=9, weight="bold")
         axes.xaxis.label.set_size(8)
         axes.tick_params(labelsize=8)
