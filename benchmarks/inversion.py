@@ -1,13 +1,19 @@
 """How fast and how exactly the last layer is inverted, beside everything else that can do it.
 
     python benchmarks/inversion.py --data=layer.npz --plot=inversion.png
+    python benchmarks/inversion.py --layer=lsgan --num_images=4
+    python benchmarks/inversion.py --layer=stable_diffusion --num_images=1 --repeats=0 \\
+        --methods=primal_dual
 
 Prints one JSON object per line:
 
 * for each of our solvers and each kind of image: iterations and seconds per image to a relative
   duality gap of `--tol`, the largest gap recomputed in float64 with a SciPy matrix that is built by
-  loops over the kernel, seconds per iteration and image, and how that compares with the floor, the
-  two matrix products that an iteration cannot do without, timed in the same run;
+  loops over the kernel (for the largest layers with SciPy's correlations), seconds per iteration
+  and image, and how that compares with the floor, the two matrix products that an iteration cannot
+  do without, timed in the same run;
+* the peak memory of inverting one chunk of images, four and eight, each in a process of its own and
+  above what the imports took: from four to eight it should grow by the output, and no more;
 * for each peer the same to the same gap, on `--peer_images` images of each kind, and how many times
   faster the default solver is: FISTA in PyTorch with the published step 0.025 and with 1/L, images
   that are done leaving the batch; celer, coordinate descent on the sparse matrix; jaxopt's
@@ -26,12 +32,12 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.signal
 import scipy.sparse
 from absl import app, flags
 
@@ -54,15 +60,24 @@ _PEERS = flags.DEFINE_list(
 )
 _PEER_IMAGES = flags.DEFINE_integer("peer_images", 4, "Images of each kind for the peers.")
 _PEER_SECONDS = flags.DEFINE_float("peer_seconds", 240, "A peer that takes longer is stopped.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of our solvers.", lower_bound=1)
+_MAX_ITERS = flags.DEFINE_integer("max_iters", 10_000, "Iterations at most.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 3, "Runs of our solvers; 0: the first one counts, compiling included.", lower_bound=0
+)
 _PLOT = flags.DEFINE_string("plot", None, "PNG of the gap against seconds.")
 
 # name -> builder of its last layer; [P1]'s LSGAN, a decoder of latent diffusion, a 1 x 1 head.
 SHAPES = {
-    "lsgan": (linops.conv, (3, 3, 64, 3), (64, 64, 64), {"padding": 1}),
-    "stable_diffusion": (linops.conv, (3, 3, 128, 3), (512, 512, 128), {"padding": 1}),
-    "head": (linops.conv, (1, 1, 64, 3), (256, 256, 64), {}),
-    "dense": (None, (1024, 768), (1024,), {}),
+    "lsgan": (linops.conv, (3, 3, 64, 3), (64, 64, 64), {"padding": 1}, "tanh"),
+    "stable_diffusion": (
+        linops.conv,
+        (3, 3, 128, 3),
+        (512, 512, 128),
+        {"padding": 1},
+        "identity",
+    ),
+    "head": (linops.conv, (1, 1, 64, 3), (256, 256, 64), {}, "tanh"),
+    "dense": (None, (1024, 768), (1024,), {}, "tanh"),
 }
 
 
@@ -105,18 +120,21 @@ def load_zoo(num_images):
 
 def load_shape(name, num_images):
     """A layer of random weights and the images it makes of sparse activations."""
-    make, kernel_shape, shape, options = SHAPES[name]
+    make, kernel_shape, shape, options, activation = SHAPES[name]
+    # Makes the standard deviation of a pixel, before the activation, about a half.
+    size = 0.5 / math.sqrt(0.5 * math.prod(kernel_shape[:-1]))
     rng = np.random.default_rng(0)
-    kernel = 0.1 * rng.standard_normal(kernel_shape).astype(np.float32)
+    kernel = size * rng.standard_normal(kernel_shape).astype(np.float32)
     if make is None:
-        op = linops.dense(0.3 * kernel, shape, (16, 16, 3))
+        op = linops.dense(kernel, shape, (16, 16, 3))
     else:
         op = make(kernel, shape, **options)
-    layer = final_layer.FinalLayer(op)
+    layer = final_layer.FinalLayer(op, activation=activation)
 
     def image(seed):
         values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        return data.to_uint8(np.asarray(final_layer.forward(layer, jnp.maximum(values, 0)))[None])
+        x = np.asarray(final_layer.forward(layer, jnp.maximum(values, 0)))[None]
+        return data.to_uint8(np.clip(x, -1, 1))
 
     own = np.concatenate([image(seed) for seed in range(1, num_images + 1)])
     return layer, np.full(shape, 1 / math.sqrt(2 * math.pi), np.float32), {"own": own}
@@ -153,6 +171,36 @@ def sparse_matrix(op):
     return matrix if transposed else matrix.T.tocsr()
 
 
+class Correlations:
+    """A convolution of stride 1 as SciPy's correlations in float64, for `@` and `.T @` only."""
+
+    def __init__(self, op):
+        self.shapes = op.input_shape, op.output_shape
+        self.kernel = np.asarray(op.kernel, np.float64)
+        self.pads = (*op.padding, (0, 0))
+
+    @property
+    def T(self):
+        """The transpose: correlations with the turned kernel, and the padding that is left."""
+        other = object.__new__(Correlations)
+        other.shapes = self.shapes[::-1]
+        other.kernel = self.kernel[::-1, ::-1].swapaxes(2, 3)
+        sizes = self.kernel.shape[:2]
+        turned = [(k - 1 - p, k - 1 - q) for k, (p, q) in zip(sizes, self.pads[:2], strict=True)]
+        other.pads = (*turned, (0, 0))
+        return other
+
+    def __matmul__(self, vector):
+        maps = np.pad(vector.reshape(self.shapes[0]), self.pads)
+        out = np.zeros(self.shapes[1])
+        for k in range(out.shape[2]):
+            for c in range(maps.shape[2]):
+                out[:, :, k] += scipy.signal.correlate(
+                    maps[:, :, c], self.kernel[:, :, c, k], "valid", "direct"
+                )
+        return out.ravel()
+
+
 def exact_relative_gaps(matrix, targets, z, lam):
     """Relative gaps of z [n, ...] in float64, as primal minus dual objective."""
     gaps = []
@@ -166,10 +214,14 @@ def exact_relative_gaps(matrix, targets, z, lam):
     return np.array(gaps)
 
 
-def exact_targets(matrix, images, z_bar):
+def exact_targets(matrix, images, z_bar, activation):
     """o - A z_bar `[n, out_size]` in float64, from the images on."""
-    x = np.clip(images.astype(np.float64) / 127.5 - 1, -1 + 1e-4, 1 - 1e-4)
-    return np.arctanh(x).reshape(len(x), -1) - matrix @ z_bar.astype(np.float64).ravel()
+    x = images.astype(np.float64) / 127.5 - 1
+    if activation == "tanh":
+        x = np.arctanh(np.clip(x, -1 + 1e-4, 1 - 1e-4))
+    elif activation != "identity":
+        raise ValueError(f"no exact targets for {activation}")
+    return x.reshape(len(x), -1) - matrix @ z_bar.astype(np.float64).ravel()
 
 
 def torch_fista(op, targets, lam, step, tol, max_seconds, gap_every=50):
@@ -264,15 +316,53 @@ def within(seconds, function, *args):
             return None
 
 
+def peak_memory(layer, num_images, lam, method):
+    """MiB of inverting at its peak, above what this process has needed until now."""
+
+    def peak():
+        # Not ru_maxrss, which a new process inherits from the one that started it.
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+    before = peak()
+    op = layer.operator
+    images = np.random.default_rng(0).integers(0, 256, (num_images, *op.output_shape), np.uint8)
+    z_bar = np.zeros(op.input_shape, np.float32)
+    jax.block_until_ready(
+        final_layer.invert(layer, images, z_bar, lam=lam, method=method, tol=0, max_iters=12)
+    )
+    return peak() - before
+
+
+def memory_rows(layer):
+    """Yield lines for one chunk of images, four chunks and eight; from four on nothing compiles."""
+    op = layer.operator
+    few = lasso._default_chunk_size(op)
+    for method in _METHODS.value:
+        for count in (few, 4 * few, 8 * few):
+            row = {"benchmark": "inversion", "memory_of": method, "images": count}
+            if count * math.prod(op.input_shape) > 1e8:
+                continue  # Many large images: their output alone would fill a small machine.
+            if not os.path.exists("/proc/self/status"):
+                yield row | {"missing": "needs Linux"}
+                continue
+            yield row | {
+                "peak_MiB_above_import": within(600, peak_memory, layer, count, _LAM.value, method),
+                "output_MiB": count * math.prod(op.input_shape) * 4 / 2**20,
+                "targets_MiB": count * math.prod(op.output_shape) * 4 / 2**20,
+            }
+
+
 def num_cores():
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def best_seconds(function):
-    """Best of `--repeats` after a warm-up; and the last result."""
+    """Best of `--repeats` after a warm-up (of the warm-up alone if there are none); the result."""
+    start = time.perf_counter()
     result = jax.block_until_ready(function())
-    seconds = []
+    seconds = [] if _REPEATS.value else [time.perf_counter() - start]
     for _ in range(_REPEATS.value):
         start = time.perf_counter()
         result = jax.block_until_ready(function())
@@ -307,16 +397,20 @@ def measure(layer, z_bar, images, method, matrix):
     op = layer.operator
     options = {"lam": _LAM.value, "method": method}
     seconds, (z, info) = best_seconds(
-        lambda: final_layer.invert(layer, images, z_bar, tol=_TOL.value, **options)
+        lambda: final_layer.invert(
+            layer, images, z_bar, tol=_TOL.value, max_iters=_MAX_ITERS.value, **options
+        )
     )
     chunk = images[: lasso._default_chunk_size(op)]
+    # Of large images a few iterations take long enough.
+    span = 100 if math.prod(op.input_shape) < 1e6 else 20
     few, many = (
         best_seconds(
             lambda n=n: final_layer.invert(layer, chunk, z_bar, tol=0, max_iters=n, **options)
         )[0]
-        for n in (20, 120)
+        for n in (5, 5 + span)
     )
-    per_iteration = (many - few) / (100 * len(chunk))
+    per_iteration = (many - few) / (span * len(chunk))
     floor = floor_seconds(op, len(chunk))
     row = {
         "images": len(images),
@@ -329,15 +423,14 @@ def measure(layer, z_bar, images, method, matrix):
         "over_floor": per_iteration / floor,
         "floor_us": 1e6 * floor,
     }
-    if matrix is not None:
-        shifted = np.asarray(z) - z_bar
-        targets = exact_targets(matrix, images, z_bar)
-        exact = exact_relative_gaps(matrix, targets, shifted, _LAM.value)
-        row["max_relative_gap_float64"] = float(exact.max())
-        row["max_error_of_reported_gap"] = float(np.abs(exact - info.relative_gap).max())
-        row["fraction_above_1e-3_of_largest"] = float(
-            np.mean(np.abs(shifted) > 1e-3 * np.abs(shifted).max())
-        )
+    shifted = np.asarray(z) - z_bar
+    targets = exact_targets(matrix, images, z_bar, layer.activation)
+    exact = exact_relative_gaps(matrix, targets, shifted, _LAM.value)
+    row["max_relative_gap_float64"] = float(exact.max())
+    row["max_error_of_reported_gap"] = float(np.abs(exact - info.relative_gap).max())
+    row["fraction_above_1e-3_of_largest"] = float(
+        np.mean(np.abs(shifted) > 1e-3 * np.abs(shifted).max())
+    )
     return row
 
 
@@ -348,7 +441,7 @@ def peer_rows(layer, z_bar, images, matrix, default):
     some = np.concatenate([images[kind][: _PEER_IMAGES.value] for kind in kinds])
     ours = np.mean([default[kind] for kind in kinds])
     targets = final_layer.targets(layer, some) - op.forward(jnp.asarray(z_bar))[None]
-    exact_o = exact_targets(matrix, some, z_bar)
+    exact_o = exact_targets(matrix, some, z_bar, layer.activation)
     lipschitz = float(linops.squared_norm(op))
     counts = None
     for peer in _PEERS.value:
@@ -398,7 +491,9 @@ def peer_rows(layer, z_bar, images, matrix, default):
             "reached": bool(gaps.max() <= 1.05 * tol),
             "default_is_faster_by": seconds / row["images"] / ours,
         }
-        yield row, course and (row["images"], course)
+        # Whoever tells no course is a point.
+        course = course or [(seconds, float(np.median(gaps)))]
+        yield row, (row["images"], course)
 
 
 def our_course(layer, z_bar, images, method):
@@ -424,7 +519,7 @@ def draw(courses, path):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, (count, course) in courses.items():
         seconds, gaps = np.array(course).T
-        axes.loglog(seconds / count, gaps, label=name, marker="." if len(gaps) < 20 else None)
+        axes.loglog(seconds / count, gaps, label=name, marker="o" if len(gaps) < 20 else None, ms=4)
     axes.set_xlabel("seconds per image")
     axes.set_ylabel("relative duality gap (median)")
     axes.grid(alpha=0.3)
@@ -443,12 +538,12 @@ def main(argv):
     else:
         layer, z_bar, images = load_zoo(_NUM_IMAGES.value)
     op = layer.operator
-    # A matrix of more than 50 million nonzeros is not built: the gap is then the reported one.
     elements = 0
     if not isinstance(op, linops.Dense):
         elements = math.prod(op.output_shape) * math.prod(op.kernel.shape[:3])
-    matrix = sparse_matrix(op) if elements < 5e7 else None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # A matrix of more than 50 million nonzeros is not built; peers are then left out.
+    large = elements > 5e7
+    matrix = Correlations(op) if large else sparse_matrix(op)
     default = {}
     for method in _METHODS.value:
         for kind, batch in images.items():
@@ -467,10 +562,10 @@ def main(argv):
             if method == _METHODS.value[0]:
                 default[kind] = row["seconds_per_image"]
             print(json.dumps(row), flush=True)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"benchmark": "inversion", "peak_MiB_of_solving": (after - before) / 1024}))
+    for row in memory_rows(layer):
+        print(json.dumps(row), flush=True)
     courses = {}
-    if matrix is not None and not isinstance(op, linops.Dense):
+    if not large and not isinstance(op, linops.Dense):
         for row, course in peer_rows(layer, z_bar, images, matrix, default):
             print(json.dumps(row), flush=True)
             if course:

@@ -216,6 +216,16 @@ def test_an_image_gets_the_same_whatever_its_neighbours(problem):
     np.testing.assert_array_equal(mixed_info.num_iters, info.num_iters[order])
 
 
+def test_64_at_once_get_what_each_gets_alone(problem):
+    op, _, _ = problem
+    targets = np.random.default_rng(2).standard_normal((64, *op.output_shape))
+    z, info = lasso.solve(op, targets, lam=LAM, tol=1e-3, chunk_size=64)
+    alone, alone_info = lasso.solve(op, targets, lam=LAM, tol=1e-3, chunk_size=1)
+    np.testing.assert_allclose(z, alone, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(info.num_iters, alone_info.num_iters)
+    assert info.converged.all() and len(np.unique(info.num_iters)) > 1
+
+
 def test_one_bad_image_disturbs_no_other(problem):
     op, _, targets = problem
     z, info = lasso.solve(op, targets, lam=LAM, tol=1e-5)
