@@ -218,6 +218,27 @@ def test_half_of_the_images_calibrate_and_the_seed_decides(learned, own):
     assert other.calibration_scores.shape == (110,)
 
 
+def test_no_image_calibrates_that_was_fitted_on(own, monkeypatch):
+    seen = {"fitted": [], "calibrating": []}
+    processed, scores = validity._processed, validity._scores
+
+    def watched_processed(process, images, rng):
+        seen["fitted"].append({image.tobytes() for image in images})
+        return processed(process, images, rng)
+
+    def watched_scores(model, images):
+        seen["calibrating"].append({image.tobytes() for image in images})
+        return scores(model, images)
+
+    monkeypatch.setattr(validity, "_processed", watched_processed)
+    monkeypatch.setattr(validity, "_scores", watched_scores)
+    validity.fit(own[0], jax.random.key(0))
+    (calibrating,) = seen["calibrating"]
+    assert len(calibrating) == 250
+    for fitted in seen["fitted"]:
+        assert len(fitted) == 250 and not fitted & calibrating
+
+
 def test_it_is_saved_as_plain_arrays(learned, own):
     safetensors = pytest.importorskip("safetensors.numpy")
     arrays = {k: np.asarray(v) for k, v in serialization.to_state_dict(learned).items()}

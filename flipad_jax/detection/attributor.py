@@ -221,7 +221,7 @@ class Verdicts(NamedTuple):
       converged: `[n]` bool, see `Scores`; no verdict is given where False.
       verdict: `[n]` text: "ours", "not_ours" or "cannot_judge".
       relative_gap: `[n]`, see `Scores`.
-      doubt: `[n]` text, why a verdict is doubtful, "" where nothing speaks against it; see `doubts`.
+      doubt: `[n]` text, why a verdict is doubtful, "" where nothing speaks against it (`doubts`).
     """
 
     score: np.ndarray
