@@ -125,7 +125,9 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
 
     def deepsad(kind, widths):
         settings = DeepSADConfig(widths=widths, epochs=config.epochs, drop_epochs=drop)
-        return AttributorConfig(detector="deepsad", features=kind, deepsad=settings, **inversion)
+        return AttributorConfig(
+            detector="deepsad", features=kind, deepsad=settings, check_untouched=False, **inversion
+        )
 
     return {
         "one_class": AttributorConfig(
@@ -346,7 +348,9 @@ def _judge_folder(record: Run, folder: data.Folder, fnr: float) -> dict[str, Any
     header = ["path", "score", "p_value", "threshold", "verdict", "reason"]
     rows: list[list[Any]] = []
     for i, path in enumerate(folder.paths):
-        reason = "" if found.verdict[i] != "cannot_judge" else "the inversion did not converge"
+        reason = str(found.doubt[i])
+        if found.verdict[i] == "cannot_judge":
+            reason = "the inversion did not converge"
         numbers = [float(found.score[i]), float(found.p_value[i]), found.threshold]
         rows.append([path, *numbers, str(found.verdict[i]), reason])
     rows += [[r.path, None, None, None, "cannot_judge", r.reason] for r in folder.rejected]
