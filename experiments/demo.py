@@ -122,6 +122,7 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
         "max_iters": config.max_iters,
     }
     drop = (max(config.epochs // 2, 1),)  # the paper: after 25 of 50
+    many = config.num_generated >= 4000
 
     def deepsad(kind, widths):
         settings = DeepSADConfig(widths=widths, epochs=config.epochs, drop_epochs=drop)
@@ -132,7 +133,8 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
     return {
         "one_class": AttributorConfig(
             impostor=ImpostorClassifierConfig(num_steps=config.impostor_steps),
-            calibration_share=0.25 if config.num_generated < 4000 else 0.15,
+            calibration_share=0.15 if many else 0.25,
+            check_untouched=many,  # Seconds of compiling, which smaller presets have not.
             **inversion,
         ),
         "flipad": deepsad("activations", config.activation_widths),
