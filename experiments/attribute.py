@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments._config import Run, setting
 from experiments._record import UsageError, now
-from flipad_jax import data, report
+from flipad_jax import data, files, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import Attributor
@@ -291,10 +291,7 @@ class _ScoreLog:
                     break
                 complete.append(line)
                 self.known[judged.path, judged.sha256] = judged
-        text = b"\n".join([self._head.encode(), *complete, b""])
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        partial.write_bytes(text)
-        os.replace(partial, self._path)
+        files.write_atomically(self._path, b"\n".join([self._head.encode(), *complete, b""]))
         self._file = self._path.open("a")
         return self
 

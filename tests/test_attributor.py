@@ -10,7 +10,7 @@ import pytest
 import flipad_jax
 from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics, perturbations
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import calibration
+from flipad_jax.detection import calibration, validity
 from flipad_jax.detection.deepsad import DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
@@ -211,6 +211,12 @@ def test_wrong_calls_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             AttributorConfig(**config)
+
+
+def test_too_few_images_are_refused_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(validity, "fit", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match="199"):
+        flipad_jax.fit(LAYER, Z_BAR, OWN[:60], rng=jax.random.key(0))
 
 
 def test_few_images_say_what_they_certify_and_go_on(caplog):

@@ -346,12 +346,6 @@ def fit(
             raise ValueError(f"the {config.detector} detector takes no images of impostors")
         impostors = data.check_images(impostors, shape=shape)
     split_rng, train_rng = jax.random.split(rng)
-    untouched = None
-    if config.check_untouched:
-        progress("learning what untouched images look like", 0, 1)
-        own = generated if generated.dtype == np.uint8 else data.to_uint8(generated)
-        untouched = validity.fit(own, jax.random.fold_in(rng, 2))
-        progress("learning what untouched images look like", 1, 1)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
     if num_calibration < 20:
@@ -370,6 +364,12 @@ def fit(
             _USUAL_FNR,
             round(1 / _USUAL_FNR) - 1,
         )
+    untouched = None
+    if config.check_untouched:
+        progress("learning what untouched images look like", 0, 1)
+        own = generated if generated.dtype == np.uint8 else data.to_uint8(generated)
+        untouched = validity.fit(own, jax.random.fold_in(rng, 2))
+        progress("learning what untouched images look like", 1, 1)
     z_bar = jnp.asarray(z_bar)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
     calibrating, rest = order[:num_calibration], order[num_calibration:]
