@@ -38,6 +38,7 @@ from flipad_jax.detection import (
     validity,
 )
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
+from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
 from flipad_jax.detection.validity import Validity
@@ -72,6 +73,8 @@ class AttributorConfig:
       detector: "one_class" (own images only) or "deepsad" (own against real images, [P1]).
       features: what DeepSAD looks at: "activations" (FLIPAD), "pixels" (RawPAD), "dct" (DCTPAD).
         The one-class detector reads activations only.
+      convention: how DeepSAD's features are made smaller and scaled: "paper" (the text) or
+        "reference" (the published code), see `features`.
       lam: lasso weight, half of the paper's lambda.
       tol: relative duality gap that every inversion must reach; 0 for exactly `max_iters`
         iterations on every image alike, without certificate (the gap reached is
@@ -94,6 +97,7 @@ class AttributorConfig:
 
     detector: str = "one_class"
     features: str = "activations"
+    convention: str = "paper"
     lam: float = 5e-4
     tol: float = 0.0
     max_iters: int = 30
@@ -111,6 +115,10 @@ class AttributorConfig:
             raise ValueError(f"detector={self.detector!r}: expected one of {DETECTORS}")
         if self.features not in features.KINDS:
             raise ValueError(f"features={self.features!r}: expected one of {features.KINDS}")
+        if self.convention not in features.CONVENTIONS:
+            raise ValueError(
+                f"convention={self.convention!r}: expected one of {features.CONVENTIONS}"
+            )
         if self.detector == "one_class" and self.features != "activations":
             raise ValueError(
                 f"the one-class detector reads activations, not {self.features}; "
@@ -255,12 +263,14 @@ def _activations(layer, z_bar, config, images):
     return z - jnp.asarray(z_bar)[None], info
 
 
-def _raw_features(layer, z_bar, config, images, what, progress) -> np.ndarray:
-    """Activations z', or images in [-1, 1], of all images: `[n, h, w, c]` float32 on the host."""
-    if config.features != "activations":
-        return np.asarray(data.to_float(images), np.float32)
-    rows = np.empty((len(images), *layer.operator.input_shape), np.float32)
+def _raw_features(
+    layer, z_bar, config, images, what, progress
+) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
+    """(first image, activations z' or images in [-1, 1] `[b, h, w, c]` float32), batch by batch."""
     for start, count, batch in _batches(images, config.batch_size):
+        if config.features != "activations":
+            yield start, np.asarray(data.to_float(batch[:count]), np.float32)
+            continue
         z, info = _activations(layer, z_bar, config, batch)
         converged = np.asarray(info.converged)[:count]
         if config.tol > 0 and not converged.all():
@@ -270,9 +280,8 @@ def _raw_features(layer, z_bar, config, images, what, progress) -> np.ndarray:
                 f"{config.max_iters} iterations "
                 f"(images {bad[:10].tolist()}, {what}): allow more iterations or a larger tol"
             )
-        rows[start : start + count] = np.asarray(z)[:count]
+        yield start, z[:count]
         progress(what, start + count, len(images))
-    return rows
 
 
 def _batches(images: np.ndarray | jax.Array, size: int) -> Iterator[tuple[int, int, Any]]:
@@ -287,15 +296,62 @@ def _batches(images: np.ndarray | jax.Array, size: int) -> Iterator[tuple[int, i
         yield start, count, images[np.minimum(np.arange(start, start + padded), start + count - 1)]
 
 
-def _profile(own: np.ndarray) -> ActivationProfile:
-    mean = own.mean(axis=0, dtype=np.float64)
-    variance = np.square(own - mean.astype(np.float32)).mean(axis=0, dtype=np.float64)
-    floor = 0.01 * variance.mean() + np.finfo(np.float32).tiny
-    return ActivationProfile(
-        jnp.asarray(mean, jnp.float32),
-        jnp.asarray(np.sqrt(variance + floor), jnp.float32),
-        len(own),
+_extract = jax.jit(features.extract, static_argnums=0)
+_prepare = jax.jit(features.prepare)
+_moments = jax.jit(features.moments)
+_merge_moments = jax.jit(features.merge_moments)
+
+
+def _profile(own: features.Moments) -> ActivationProfile:
+    variance = own.sum_squares / own.num_samples
+    floor = 0.01 * variance.mean() + jnp.finfo(jnp.float32).tiny
+    return ActivationProfile(own.mean, jnp.sqrt(variance + floor), int(own.num_samples))
+
+
+def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
+    """DeepSAD and, if it looks at activations, the profile of own ones.
+
+    Features of all images are never in memory at once if they are large: see `feature_rows`.
+    """
+    settings = config.deepsad_config()
+    chosen = features.preset(config.features, config.convention)
+
+    def stream(images, what):
+        rows, moments, raw_shape = None, None, None
+        for start, batch in raw(images, what):
+            raw_shape = batch.shape[1:]
+            if config.features == "activations":
+                part = _moments(batch)
+                moments = part if moments is None else _merge_moments(moments, part)
+            reduced = np.asarray(_extract(chosen, jnp.asarray(batch)))
+            if rows is None:
+                rows = FeatureRows((len(images), *reduced.shape[1:]))
+            rows[start : start + len(reduced)] = reduced
+        return rows, moments, raw_shape
+
+    own, moments, raw_shape = stream(own_images, "inverting own images")
+    real, _, _ = stream(real_images, "inverting real images")
+    # The rows are resized and transformed already: what is left to learn is their scale.
+    scale = features.fit(
+        dataclasses.replace(chosen, kind="activations", size=None),
+        own.batches(config.batch_size),
+        real.batches(config.batch_size),
     )
+    for rows in (own, real):
+        for start in range(0, len(rows), config.batch_size):
+            part = slice(start, min(start + config.batch_size, len(rows)))
+            rows[part] = np.asarray(_prepare(scale, rows[part]))
+    model, _ = deepsad.fit(
+        rng,
+        own,
+        real,
+        settings,
+        progress=lambda state: progress(
+            "training DeepSAD, epochs", int(state.epoch), settings.epochs
+        ),
+    )
+    fitted = dataclasses.replace(scale, config=chosen, input_shape=tuple(raw_shape))
+    return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
 
 
 def fit(
@@ -378,8 +434,11 @@ def fit(
     if config.detector == "one_class":
         reference, fitting = rest[:num_calibration], rest[num_calibration:]
         inverted = fitting if impostors is None else fitting[: config.num_inverted]
-        own = raw(generated[np.concatenate([reference, inverted])], "inverting own images")
-        profile = _profile(own[num_calibration:])
+        chosen = generated[np.concatenate([reference, inverted])]
+        own = np.empty((len(chosen), *layer.operator.input_shape), np.float32)
+        for start, batch in raw(chosen, "inverting own images"):
+            own[start : start + len(batch)] = batch
+        profile = _profile(_moments(own[num_calibration:]))
         classifier = None
         if impostors is not None:
             classifier = impostor_classifier.fit(
@@ -399,36 +458,12 @@ def fit(
             reference_images=generated[reference],
         )
     else:
-        own = raw(generated[rest], "inverting own images")
-        others = raw(real, "inverting real images")
-        if config.features == "activations":
-            profile = _profile(own)
-        fitted = features.fit(features.preset(config.features), [own], [others])
-        settings = config.deepsad_config()
-        own, others = (_prepared(fitted, x, config.batch_size) for x in (own, others))
-        model, _ = deepsad.fit(
-            train_rng,
-            own,
-            others,
-            settings,
-            progress=lambda state: progress(
-                "training DeepSAD, epochs", int(state.epoch), settings.epochs
-            ),
+        detector, profile = _deepsad_detector(
+            raw, generated[rest], real, train_rng, config, progress
         )
-        detector = DeepSADDetector(fitted, model)
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
     scores = score_with_info(attributor, generated[calibrating], progress=progress).score
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
-
-
-_prepare = jax.jit(features.prepare)
-
-
-def _prepared(fitted: features.FittedFeatures, x: np.ndarray, batch_size: int) -> np.ndarray:
-    parts = [
-        np.asarray(_prepare(fitted, x[i : i + batch_size])) for i in range(0, len(x), batch_size)
-    ]
-    return np.concatenate(parts)
 
 
 def score_with_info(

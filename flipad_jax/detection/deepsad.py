@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.generators import layers
 
 __all__ = [
@@ -338,8 +339,8 @@ _train_on_rows_jit = jax.jit(_train_on_rows, static_argnames="config")
 def train_epoch(
     rng: jax.Array,
     state: DeepSADState,
-    own: jax.Array | np.ndarray,
-    real: jax.Array | np.ndarray,
+    own: jax.Array | np.ndarray | FeatureRows,
+    real: jax.Array | np.ndarray | FeatureRows,
     config: DeepSADConfig,
 ) -> tuple[DeepSADState, jax.Array]:
     """One pass over the shuffled samples, an incomplete last batch left out.
@@ -353,7 +354,7 @@ def train_epoch(
       rng: the same key in every epoch.
       state: with its centre set.
       own: `[n, h, w, c]` features of own samples. A JAX array stays on its device; rows of a NumPy
-        array (or memory map) are moved batch by batch: for sets larger than the device's memory.
+        array or of a `FeatureRows` are moved batch by batch: for sets larger than the memory.
       real: `[m, h, w, c]` features of real samples, the same kind of array.
       config: settings.
 
@@ -362,7 +363,7 @@ def train_epoch(
     """
     size, batch_size = own.shape[0] + real.shape[0], config.batch_size
     order = np.asarray(jax.random.permutation(jax.random.fold_in(rng, state.epoch), size))
-    on_host = isinstance(own, np.ndarray) or isinstance(real, np.ndarray)
+    on_host = not (isinstance(own, jax.Array) and isinstance(real, jax.Array))
     values = []
     for start in range(0, size - batch_size + 1, batch_size):
         index = order[start : start + batch_size].astype(np.int32)
@@ -399,7 +400,9 @@ _embed_jit = jax.jit(_embed, static_argnames="config")
 
 
 def embed(
-    model: DeepSAD | DeepSADState, x: jax.Array | np.ndarray, config: DeepSADConfig
+    model: DeepSAD | DeepSADState,
+    x: jax.Array | np.ndarray | FeatureRows,
+    config: DeepSADConfig,
 ) -> np.ndarray:
     """Representations phi(x) with BatchNorm in eval mode.
 
@@ -435,8 +438,8 @@ def push_from_zero(centre: jax.Array, margin: float = _CENTRE_MARGIN) -> jax.Arr
 
 def with_centre(
     state: DeepSADState,
-    own: jax.Array | np.ndarray,
-    real: jax.Array | np.ndarray,
+    own: jax.Array | np.ndarray | FeatureRows,
+    real: jax.Array | np.ndarray | FeatureRows,
     config: DeepSADConfig,
 ) -> DeepSADState:
     """Set the centre: mean eval-mode representation of own and real samples together, off zero.
@@ -476,8 +479,8 @@ def _check_features(own, real, config):
 
 def fit(
     rng: jax.Array,
-    own: jax.Array | np.ndarray,
-    real: jax.Array | np.ndarray,
+    own: jax.Array | np.ndarray | FeatureRows,
+    real: jax.Array | np.ndarray | FeatureRows,
     config: DeepSADConfig = DeepSADConfig(),
     *,
     state: DeepSADState | None = None,
@@ -487,7 +490,7 @@ def fit(
 
     Args:
       rng: key; the same key, data and config give the same detector.
-      own: `[n, h, w, c]` features of own samples, JAX or NumPy (see `train_epoch`).
+      own: `[n, h, w, c]` features of own samples, JAX, NumPy or `FeatureRows` (see `train_epoch`).
       real: `[m, h, w, c]` features of real samples.
       config: settings.
       state: go on from here, with the same `rng`; default: start anew.

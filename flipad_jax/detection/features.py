@@ -56,6 +56,7 @@ __all__ = [
 KINDS = ("pixels", "dct", "activations")
 RESIZES = ("nearest", "max_pool", "center_crop")
 STANDARDIZATIONS = ("none", "own", "all")
+CONVENTIONS = ("paper", "reference")
 
 _LOG_OFFSET = 1e-10  # [P1] E.4
 _STD_OFFSET = 0.05  # published code; keeps elements that hardly vary from being blown up
