@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["RocCurve", "auc", "clopper_pearson", "confusion", "pair_accuracy", "roc", "summary"]
+__all__ = [
+    "RocCurve",
+    "auc",
+    "clopper_pearson",
+    "confusion",
+    "mean_interval",
+    "pair_accuracy",
+    "roc",
+    "summary",
+]
 
 
 def _scores(scores: ArrayLike, name: str) -> np.ndarray:
@@ -170,6 +179,34 @@ def clopper_pearson(count: int, total: int, confidence: float = 0.95) -> tuple[f
     low = beta.ppf(tail, count, total - count + 1) if count > 0 else 0.0
     high = beta.ppf(1 - tail, count + 1, total - count) if count < total else 1.0
     return float(low), float(high)
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float | None]:
+    """Mean over repeats and the half-width of its Student t interval.
+
+    Args:
+      values: `[n]` results of independent repeats.
+      confidence: of the interval.
+
+    Returns:
+      the mean, and half the width: the interval is mean -+ that. None for a single value, of which
+      nobody knows the spread.
+
+    Raises:
+      ValueError: without values, for one that is not finite, or a confidence outside (0, 1).
+    """
+    from scipy import stats
+
+    values = np.asarray(values, np.float64).ravel()
+    if not values.size or not np.isfinite(values).all() or not 0 < confidence < 1:
+        raise ValueError(
+            f"mean_interval: {values.size} values, {np.isfinite(values).sum()} of them finite, "
+            f"{confidence=}; expected finite numbers and a confidence inside (0, 1)."
+        )
+    if values.size == 1:
+        return float(values[0]), None
+    quantile = stats.t.ppf((1 + confidence) / 2, values.size - 1)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(values.size))
 
 
 def summary(

@@ -123,3 +123,14 @@ def test_mistakes_are_named():
         metrics.confusion([1.0], {"own": [1.0]}, 0.0)
     with pytest.raises(ValueError, match="count=3, total=2"):
         metrics.clopper_pearson(3, 2)
+
+
+def test_interval_of_a_mean_over_repeats():
+    values = np.random.default_rng(0).normal(size=5)
+    mean, half_width = metrics.mean_interval(values, 0.9)
+    low, high = scipy.stats.t.interval(0.9, 4, loc=values.mean(), scale=scipy.stats.sem(values))
+    np.testing.assert_allclose([mean - half_width, mean + half_width], [low, high])
+    assert metrics.mean_interval([0.25]) == (0.25, None)
+    for bad in ([], [0.1, np.nan]):
+        with pytest.raises(ValueError, match="mean_interval"):
+            metrics.mean_interval(bad)

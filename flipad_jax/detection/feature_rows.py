@@ -62,8 +62,8 @@ class FeatureRows:
         rows = np.ascontiguousarray(rows, self.dtype)
         if step != 1 or rows.shape != (stop - start, *self.shape[1:]):
             raise ValueError(
-                f"rows {start}:{stop}:{step} of {list(self.shape)} got {list(rows.shape)}; expected "
-                f"{[stop - start, *self.shape[1:]]} in one piece"
+                f"rows {start}:{stop}:{step} of {list(self.shape)} got {list(rows.shape)}; "
+                f"expected {[stop - start, *self.shape[1:]]} in one piece"
             )
         if self._array is not None:
             self._array[where] = rows

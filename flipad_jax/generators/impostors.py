@@ -200,10 +200,10 @@ def _with_changed_layers(
     each draw of its own is compiled for half a second.
     """
     flat = traverse_util.flatten_dict(variables["params"])
-    kernels, scales, offsets = (
-        _hidden(variables["params"], name) for name in ("kernel", "scale", "bias")
-    )
-    norms = list(zip(scales, offsets)) if len(scales) == len(offsets) else []
+    kernels, scales = (_hidden(variables["params"], name) for name in ("kernel", "scale"))
+    # A bias beside a scale is the offset of a normalisation; convolutions may have biases too.
+    norms = [(path, (*path[:-1], "bias")) for path in scales if (*path[:-1], "bias") in flat]
+    offsets = [offset for _, offset in norms]
     last = ("last", "kernel")
     noisy = [*kernels, *scales, *offsets, last]
     sizes = [flat[path].size for path in noisy]

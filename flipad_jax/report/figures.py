@@ -130,23 +130,25 @@ def image_grid(
 
 def average_activations(
     channel_maps: Mapping[str, np.ndarray],
-    z_bar: np.ndarray,
+    z_bar: np.ndarray | None,
     *,
     channels: Sequence[int] | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> "Figure":
-    """Mean inverted activation per source beside the mean activation z_bar ([P1] Figure 4).
+    """Mean inverted activation per source beside the mean activation z_bar ([P1] Figure 4), or mean
+    images or DCT features per source ([P1] Figures 8 and 9).
 
     A row shows one channel; the maps of a row share one colour scale, that of the row's bar.
 
     Args:
       channel_maps: for every source the average over its images, `[h, w]` or `[h, w, k]` for k
         channels (activation units).
-      z_bar: the mean activation of the model, of the same shape.
+      z_bar: the mean activation of the model, of the same shape; None for features that the model
+        has no mean of.
       channels: numbers of the k channels, for the labels.
       counts: how many images each average is taken over, for the labels.
     """
-    maps = {"mean activation z\u0304": np.asarray(z_bar)}
+    maps = {} if z_bar is None else {"mean activation z\u0304": np.asarray(z_bar)}
     for source, values in channel_maps.items():
         name = _wrapped(source, 16)
         maps[name + (f"\nn = {counts[source]:,}" if counts else "")] = np.asarray(values)
@@ -171,7 +173,8 @@ def average_activations(
             y = 1 - (top + (row + 1) * (side * h / w + gap) - gap) / height
             size = (side / width, side * h / w / height)
             for column, (name, values) in enumerate(maps.items()):
-                x = (left + column * (side + gap) + (0.08 if column else 0.0)) / width
+                apart = 0.08 if column and z_bar is not None else 0.0
+                x = (left + column * (side + gap) + apart) / width
                 axes = figure.add_axes((x, y, *size))
                 image = axes.imshow(values[..., row], vmin=low, vmax=high, cmap="viridis")
                 axes.set(xticks=[], yticks=[])

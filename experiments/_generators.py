@@ -1,0 +1,177 @@
+"""The generators of an attribution experiment: from the zoo, from an earlier run, or trained now.
+
+A generator is named by everything that made it (family, widths, data, seed, steps, ...). If the zoo
+has one of exactly these settings it is taken; if the folder `--generators` has one, that; if not it
+is trained, all missing seeds of a family together, and kept there. So experiments share generators,
+and no experiment ever meets one of other settings than its own.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import train_generator
+from experiments._config import Run
+from flipad_jax import data
+from flipad_jax.generators import sampling, training, zoo
+from flipad_jax.generators.sampling import TrainedGenerator
+
+__all__ = ["RECIPES", "Recipe", "load", "recipe"]
+
+RECIPES = ("paper", "small", "tiny")
+
+# [P1] E.1, (CelebA, LSUN): passes over the training images.
+_PAPER_EPOCHS = {"dcgan": (50, 10), "wgan_gp": (200, 10), "lsgan": (100, 10), "ebgan": (100, 5)}
+# What two cores train in minutes. By the side of the images: widths of the generator, of the
+# discriminator, steps.
+_SMALL = {
+    32: {
+        "dcgan": ((128, 64, 64), (64, 64, 128), 2500),
+        "wgan_gp": ((128, 64, 64), (64, 64, 128), 1000),
+    },
+    64: {
+        "dcgan": ((64, 64, 32, 32), (16, 32, 64, 64), 2500),
+        "wgan_gp": ((64, 64, 32, 32), (16, 32, 64, 64), 1000),
+    },
+}
+
+
+class Recipe(NamedTuple):
+    """How a generator of a family is trained; widths None: the paper's."""
+
+    latent_dim: int
+    features: tuple[int, ...] | None
+    discriminator_features: tuple[int, ...] | None
+    num_steps: int
+    batch_size: int
+
+
+def recipe(name: str, family: str, dataset: str, image_size: int, num_images: int) -> Recipe:
+    """The recipe of that name.
+
+    Args:
+      name: "paper" ([P1] E.1), "small" (two cores, minutes), "tiny" (nothing but a test).
+      family: one of `zoo.FAMILIES`.
+      dataset: decides between the paper's epochs for CelebA (all others take these) and LSUN.
+      image_size: side of the images.
+      num_images: training images, which make epochs into steps.
+    Raises:
+      ValueError: for a side that the small recipe does not know.
+    """
+    if name == "paper":
+        epochs = _PAPER_EPOCHS[family][dataset.startswith("lsun")]
+        gan = zoo.FAMILIES[family]((image_size, image_size, 3))
+        per_epoch = max(num_images // (128 * gan.discriminator_steps), 1)
+        return Recipe(100, None, None, epochs * per_epoch, 128)
+    if name == "tiny":
+        widths = (8,) * ((image_size // 4).bit_length() - 1)
+        return Recipe(8, widths, widths, 2, 8)
+    if image_size not in _SMALL:
+        sizes = ", ".join(map(str, _SMALL))
+        raise ValueError(f"--recipe=small knows images of {sizes} pixels, not {image_size}")
+    features, discriminator_features, num_steps = _SMALL[image_size][family]
+    return Recipe(64, features, discriminator_features, num_steps, 64)
+
+
+def _entry(family: str, seed: int, settings: Any, shape, num_images: int) -> dict[str, Any]:
+    """What names a generator: the metadata of its file, as `train_generator` writes them."""
+    chosen = recipe(settings.recipe, family, settings.dataset, settings.image_size, num_images)
+    gan = _gan(family, shape, chosen, settings.convention)
+    return train_generator.entry(
+        gan,
+        seed,
+        dataset=settings.dataset,
+        data_seed=settings.data_seed,
+        num_images=settings.num_gan_images,
+        num_steps=chosen.num_steps,
+        batch_size=chosen.batch_size,
+        convention=settings.convention,
+    )
+
+
+def _gan(family: str, shape, chosen: Recipe, convention: str) -> training.Gan:
+    return train_generator.gan(
+        family,
+        shape,
+        latent_dim=chosen.latent_dim,
+        features=chosen.features,
+        discriminator_features=chosen.discriminator_features,
+        convention=convention,
+    )
+
+
+def _path(folder: Path, entry: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    return folder / f"{entry['family']}-{entry['seed']}-{digest[:12]}.safetensors"
+
+
+def _in_zoo(entry: dict[str, Any]) -> TrainedGenerator | None:
+    for name in zoo.names():
+        known = zoo.record(name)
+        if all(known.get(key) == value for key, value in entry.items()):
+            return zoo.load(name)
+    return None
+
+
+def load(
+    settings: Any, record: Run, families: Sequence[str], seeds: Sequence[int]
+) -> dict[str, dict[int, TrainedGenerator]]:
+    """The generators of every family and seed, `[family][seed]`; trains those that are nowhere.
+
+    Args:
+      settings: has `dataset`, `data_dir`, `data_seed`, `image_size`, `num_gan_images`, `recipe`,
+        `convention` and `generators`, see `_attribution.Settings`.
+      record: the run, for progress and checkpoints.
+      families: names in `zoo.FAMILIES`.
+      seeds: one generator each.
+    """
+    images = data.load(
+        settings.dataset,
+        split="train",
+        image_size=settings.image_size,
+        num_images=settings.num_gan_images or None,
+        seed=settings.data_seed,
+        data_dir=settings.data_dir or None,
+    )
+    folder = Path(settings.generators)
+    found: dict[str, dict[int, TrainedGenerator]] = {}
+    for family in families:
+        entries = {
+            seed: _entry(family, seed, settings, images.shape[1:], len(images)) for seed in seeds
+        }
+        missing = [
+            seed
+            for seed, entry in entries.items()
+            if _in_zoo(entry) is None and not _path(folder, entry).exists()
+        ]
+        if missing:
+            _train(family, missing, entries, images, settings, folder, record)
+        found[family] = {
+            seed: _in_zoo(entry) or zoo.load_file(_path(folder, entry))
+            for seed, entry in entries.items()
+        }
+    return found
+
+
+def _train(family, seeds, entries, images: np.ndarray, settings, folder: Path, record: Run) -> None:
+    chosen = recipe(settings.recipe, family, settings.dataset, settings.image_size, len(images))
+    gan = _gan(family, images.shape[1:], chosen, settings.convention)
+    name = "-".join(map(str, seeds))
+    states = train_generator.train(
+        gan,
+        images,
+        record,
+        f"{family}, seeds {', '.join(map(str, seeds))}",
+        seeds=tuple(seeds),
+        num_steps=chosen.num_steps,
+        batch_size=chosen.batch_size,
+        checkpoint_dir=str(record.checkpoints / f"{family}-{name}"),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, seed in enumerate(seeds):
+        generator = sampling.from_state(gan, training.take_seed(states, index))
+        zoo.save_file(_path(folder, entries[seed]), generator, entries[seed])

@@ -1,0 +1,176 @@
+"""Tables 4 and 8 of the FLIPAD paper: images that were blurred, cropped, made noisy, recompressed.
+
+Immunised by default, as in the paper: what happens to the images under suspicion also happens to
+those that are learned from. With --noimmunized it happens to the former only. Accuracies are means
+over rivals and over the architectures that are ours in turn; every repeat has its own generators.
+
+    python run.py --experiment=perturbed_samples
+    python run.py --experiment=perturbed_samples --noimmunized --methods=flipad,one_class
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import _attribution, _generators, _paper
+from experiments._attribution import METHODS
+from experiments._config import Run, setting
+from flipad_jax import perturbations, report
+from flipad_jax.generators import sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_attribution.Settings):
+    """Settings of Table 4."""
+
+    perturbations: tuple[str, ...] = setting(
+        _paper.PERTURBATIONS, "Columns: names of `perturbations.apply`, or none."
+    )
+    immunized: bool = setting(True, "Whether it happens to the images learned from as well.")
+    methods: tuple[str, ...] = setting(
+        ("rawpad", "dctpad", "flipad", "one_class"), "Rows.", choices=tuple(METHODS)
+    )
+    num_own: int = setting(1000, "Own images that a detector learns.", lower_bound=64)
+    num_real: int = setting(1000, "Real images that DeepSAD learns.", lower_bound=8)
+    num_test: int = setting(250, "Test images of every source.", lower_bound=8)
+
+
+PRESETS = {
+    "smoke": {
+        **_attribution.SMOKE,
+        "seeds": (0,),
+        "methods": ("rawpad", "flipad", "one_class"),
+        "perturbations": ("blur-3", "jpeg-80"),
+    },
+    "demo": {},
+    "paper": _attribution.PAPER,
+}
+
+
+def run(config: Config, record: Run) -> dict[str, Any]:
+    """All cells, the table, the page; returns accuracies per method and perturbation."""
+    _attribution.check(config)
+    if not config.perturbations or len(set(config.perturbations)) != len(config.perturbations):
+        raise ValueError(f"--perturbations={','.join(config.perturbations)}: give each one once")
+    grey = np.zeros((1, config.image_size, config.image_size, 1), np.uint8)
+    for name in config.perturbations:  # Refuses a name or strength before anything is trained.
+        perturbations.apply(name, grey, jax.random.key(0))
+    generators = _generators.load(config, record, config.families, config.seeds)
+    # [method][perturbation][seed][architecture]
+    cells: dict[str, Any] = {
+        method: {name: [] for name in config.perturbations} for method in config.methods
+    }
+    for seed in config.seeds:
+        for method in config.methods:
+            for name in config.perturbations:
+                cells[method][name].append({})
+        for family in config.families:
+            ours = _attribution.model(config, record, family, seed, generators[family][seed])
+            rivals = {
+                f"{other}-{seed}": generators[other][seed]
+                for other in config.families
+                if other != family
+            }
+            sources = _attribution.tests(config, ours, rivals)
+            for name in config.perturbations:
+                for method in config.methods:
+                    found = _attribution.cell(
+                        config,
+                        record,
+                        method,
+                        ours,
+                        sources,
+                        perturbation=name,
+                        immunized=config.immunized,
+                    ).summary
+                    cells[method][name][-1][family] = {
+                        key: found[key]
+                        for key in ("mean_accuracy", "mean_auc", "achieved_fnr", "accuracy")
+                    }
+    results = {"cells": cells}
+    _write_page(config, record, results, generators)
+    return results
+
+
+def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
+    """Means over architectures, one per repeat, for every perturbation and on average."""
+    columns = {
+        name: [float(np.mean([found[key] for found in repeat.values()])) for repeat in repeats]
+        for name, repeats in cells[method].items()
+    }
+    columns["average"] = np.mean(list(columns.values()), axis=0).tolist()
+    return columns
+
+
+def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
+    """Table 4 (or 8), its areas, and the paper's where the setting is the same."""
+    header = [*config.perturbations, "average"]
+    found = [
+        _attribution.mean_table(
+            title,
+            header,
+            {METHODS[m]: _columns(results["cells"], m, key) for m in config.methods},
+        )
+        for title, key in (("Table 4: accuracy, %", "mean_accuracy"), ("AUC, %", "mean_auc"))
+    ]
+    paper = _paper.comparable(config, _paper.TABLE_4) if config.immunized else None
+    if paper is not None:
+        rows = [[METHODS[m], *(paper[m].get(p) for p in config.perturbations)] for m in paper]
+        found.append(report.Table(["The paper's, %", *config.perturbations], rows))
+    return found
+
+
+def _write_page(config, record, results, generators) -> None:
+    family, seed = config.families[0], config.seeds[0]
+    images = sampling.generate(generators[family][seed], jax.random.key(seed), 16)
+    rows = {"untouched": images}
+    for name in config.perturbations:
+        rows[name] = perturbations.apply(name, images, jax.random.key(seed))
+    grid = report.image_grid(rows, num_columns=16)
+    report.save_figure(grid, record.figures / "perturbations.png")
+    accuracy = {
+        METHODS[method]: {
+            name: float(np.mean(values))
+            for name, values in _columns(results["cells"], method, "mean_accuracy").items()
+        }
+        for method in config.methods
+    }
+    chart = report.accuracy_chart(accuracy)
+    report.save_figure(chart, record.figures / "accuracy.png")
+    how = (
+        "All images, those that are learned from and those under suspicion, were treated alike."
+        if config.immunized
+        else "Only the images under suspicion were treated; the methods learned untouched ones."
+    )
+    sections = [
+        report.Section(
+            "Result",
+            [
+                how,
+                report.Picture(chart, "Mean accuracy over architectures and rivals."),
+                *tables(config, results),
+                f"Cells: mean over {len(config.seeds)} repeats and half the width of its 95 % "
+                "interval.",
+            ],
+        ),
+        report.Section(
+            "What it does to an image",
+            [report.Picture(grid, "Images of one generator (Figure 11).")],
+        ),
+        report.Section("Settings", [_attribution.settings_text(config)]),
+    ]
+    lead = "Can an image still be attributed after it was processed? " + how
+    report.write_page(record.workdir / "report.html", "Perturbed samples", sections, lead=lead)
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Table 4, as the terminal shows it."""
+    cells = metrics["cells"]
+    names = list(next(iter(cells.values())))
+    rows = []
+    for method in cells:
+        columns = _columns(cells, method, "mean_accuracy")
+        rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
+    return report.table_text(["accuracy, %", *names, "average"], rows)

@@ -1,0 +1,163 @@
+"""Table 3 of the FLIPAD paper: the same architecture and data, another seed.
+
+The hardest rival there is: each generator of an architecture is ours in turn, those of the other
+seeds are the rivals, trained together on the same images. Real images are asked about as well and
+reported beside the table, which is about seeds alone.
+
+    python run.py --experiment=same_architecture
+    python run.py --experiment=same_architecture --reuse=runs/single_model_attribution-demo
+
+The second takes the attributors that the first table's run has fitted: they are the same.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from experiments import _attribution, _generators, _paper
+from experiments._attribution import FAMILY_NAMES, METHODS
+from experiments._config import Run, setting
+from flipad_jax import report
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_attribution.Settings):
+    """Settings of Table 3."""
+
+    methods: tuple[str, ...] = setting(
+        ("sm_f", "rawpad", "dctpad", "flipad", "one_class", "one_class_impostors"),
+        "Rows.",
+        choices=tuple(METHODS),
+    )
+
+
+PRESETS = {
+    "smoke": {
+        **_attribution.SMOKE,
+        "families": ("dcgan",),
+        "methods": ("rawpad", "flipad", "one_class"),
+    },
+    "demo": {},
+    "paper": _attribution.PAPER,
+}
+
+
+def run(config: Config, record: Run) -> dict[str, Any]:
+    """All cells, the table, the page; returns accuracies per method, architecture and seed."""
+    _attribution.check(config)
+    if len(config.seeds) < 2:
+        raise ValueError("--seeds: give two at least, each is the other's rival")
+    generators = _generators.load(config, record, config.families, config.seeds)
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {
+        method: {family: [] for family in config.families} for method in config.methods
+    }
+    samples: dict[str, np.ndarray] = {}
+    for family in config.families:
+        for seed in config.seeds:
+            ours = _attribution.model(config, record, family, seed, generators[family][seed])
+            rivals = {
+                f"{family}-{other}": generators[family][other]
+                for other in config.seeds
+                if other != seed
+            }
+            sources = _attribution.tests(config, ours, rivals)
+            samples[f"{FAMILY_NAMES[family]} {seed}"] = sources["own"][:16]
+            for method in config.methods:
+                found = _attribution.cell(config, record, method, ours, sources)
+                cells[method][family].append(_seeds_and_real(found.summary))
+    results = {"cells": cells}
+    _write_page(config, record, results, samples)
+    return results
+
+
+def _seeds_and_real(summary: dict[str, Any]) -> dict[str, Any]:
+    """Means over the other seeds; real images apart."""
+    fields = {}
+    for key in ("accuracy", "auc"):
+        by_source = dict(summary[key])
+        fields[f"real_{key}"] = by_source.pop("real")
+        fields[f"seeds_{key}"] = float(np.mean(list(by_source.values())))
+        fields[key] = by_source
+    kept = ("achieved_fnr", "seconds")
+    return {**fields, **{key: summary[key] for key in kept}}
+
+
+def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
+    columns = {
+        FAMILY_NAMES[family]: [repeat[key] for repeat in repeats]
+        for family, repeats in cells[method].items()
+    }
+    columns["average"] = np.mean(list(columns.values()), axis=0).tolist()
+    return columns
+
+
+def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
+    """Table 3, its areas, the same for real images, and the paper's where the setting is its."""
+    cells = results["cells"]
+    header = [*(FAMILY_NAMES[family] for family in config.families), "average"]
+    found = [
+        _attribution.mean_table(
+            title, header, {METHODS[m]: _columns(cells, m, key) for m in config.methods}
+        )
+        for title, key in (
+            ("Table 3: accuracy against other seeds, %", "seeds_accuracy"),
+            ("AUC against other seeds, %", "seeds_auc"),
+            ("Accuracy against real images, %", "real_accuracy"),
+        )
+    ]
+    paper = _paper.comparable(config, _paper.TABLE_3)
+    if paper is not None:
+        rows = [[METHODS.get(m, m), *(paper[m].get(f) for f in config.families)] for m in paper]
+        found.append(report.Table(["The paper's Table 3, %", *header[:-1]], rows))
+    return found
+
+
+def _write_page(config, record, results, samples) -> None:
+    grid = report.image_grid(samples, num_columns=16)
+    report.save_figure(grid, record.figures / "samples.png")
+    cells = results["cells"]
+    accuracy, intervals = {}, {}
+    for method in config.methods:
+        columns = _columns(cells, method, "seeds_accuracy")
+        accuracy[METHODS[method]] = {k: float(np.mean(v)) for k, v in columns.items()}
+        intervals[METHODS[method]] = {k: (min(v), max(v)) for k, v in columns.items()}
+    chart = report.accuracy_chart(
+        accuracy, intervals=intervals, interval_name="smallest and largest of the seeds"
+    )
+    report.save_figure(chart, record.figures / "accuracy.png")
+    best = max(config.methods, key=lambda m: accuracy[METHODS[m]]["average"])
+    sections = [
+        report.Section(
+            "Result",
+            [
+                report.Picture(chart, "Accuracy by architecture, mean over other seeds."),
+                *tables(config, results),
+                f"Cells: mean over {len(config.seeds)} generators that are ours in turn, and half "
+                "the width of its 95 % interval.",
+            ],
+        ),
+        report.Section(
+            "What they were asked about",
+            [report.Picture(grid, "Samples; a row per generator. Seeds draw alike.")],
+        ),
+        report.Section("Settings", [_attribution.settings_text(config)]),
+    ]
+    lead = (
+        "Which method tells images of our generator from those of the same architecture, trained "
+        f"on the same images from another seed? Best on average: {METHODS[best]}, "
+        f"{100 * accuracy[METHODS[best]]['average']:.1f} %."
+    )
+    report.write_page(record.workdir / "report.html", "Same architecture", sections, lead=lead)
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Table 3, as the terminal shows it."""
+    cells = metrics["cells"]
+    families = list(next(iter(cells.values())))
+    rows = []
+    for method in cells:
+        columns = _columns(cells, method, "seeds_accuracy")
+        rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
+    header = ["other seeds, accuracy, %", *(FAMILY_NAMES[f] for f in families), "average"]
+    return report.table_text(header, rows)
