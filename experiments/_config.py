@@ -14,6 +14,7 @@ An experiment is a module of this package whose name does not start with an unde
     def run(config: Config, record: Run) -> dict: ...   # the metrics of results.json
     def summary(metrics: dict) -> str: ...              # optional: the table printed at the end
     def default_workdir(config: Config) -> str: ...     # optional: in place of runs/NAME-PRESET
+    def plan(config: Config) -> list[Stage]: ...        # optional: what --plan counts, see _plan.py
     CHANGEABLE = ("fnr",)   # optional: every start runs anew, on what the workdir keeps, and
                             # these settings may differ from those of the last start
 
@@ -57,7 +58,17 @@ DEFAULT_EXPERIMENT = "demo"
 DEFAULT_PRESET = "demo"
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "experiments"
-_RESERVED = ("experiment", "preset", "workdir", "overwrite", "debug", "help", "flagfile", "undefok")
+_RESERVED = (
+    "experiment",
+    "preset",
+    "workdir",
+    "overwrite",
+    "plan",
+    "debug",
+    "help",
+    "flagfile",
+    "undefok",
+)
 # What a caller can mend: refused input, and paths that are not there or not his.
 _USER_ERRORS = (
     UsageError,
@@ -230,6 +241,7 @@ def _common_flags(preset_help: str = "Named set of sizes.") -> flags.FlagValues:
     text("preset", DEFAULT_PRESET, preset_help)
     text("workdir", None, "Folder of the run; by default runs/EXPERIMENT-PRESET, or by its files.")
     switch("overwrite", False, "Delete what an earlier run left in the workdir.")
+    switch("plan", False, "Tell what the run would cost, without running it, and stop.")
     switch("debug", False, "Show the trace of every error.")
     switch("help", False, "Show this and stop.", short_name="h")
     return values
@@ -420,6 +432,27 @@ def _help(
     return "\n".join(lines)
 
 
+def _show_plan(
+    module: types.ModuleType,
+    experiment: str,
+    preset: str,
+    config: Any,
+    settings: Mapping[str, _SettingFlag],
+) -> None:
+    plan = getattr(module, "plan", None)
+    if plan is None:
+        raise UsageError(
+            f"--experiment={experiment} has no plan of what it costs; leave out --plan"
+        )
+    from experiments import _plan  # Here, as it imports JAX and most of the library.
+
+    words = [f"--experiment={experiment}", f"--preset={preset}"]
+    for name, flag in settings.items():
+        if flag.value != flag.default:
+            words.append(f"--{name}={flag.text(flag.value)}")
+    print(_plan.report(shlex.join(words), plan(config)), flush=True)
+
+
 def _run(argv: Sequence[str], package: str) -> int:
     early = _common_flags()  # Experiment and preset decide which other flags there are.
     early(argv, known_only=True)
@@ -440,6 +473,9 @@ def _run(argv: Sequence[str], package: str) -> int:
         flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     config = module.Config(**{name: flag.value for name, flag in settings.items()})
+    if values.plan:
+        _show_plan(module, early.experiment, early.preset, config, settings)
+        return 0
     default_workdir = getattr(module, "default_workdir", None)
     execute(
         module,

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import functools
 import io
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import train_generator
+from experiments import _plan, train_generator
 from experiments._config import Run, setting
 from experiments._record import write_atomically
 from flipad_jax import data, metrics, report
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import bundle, calibration
+from flipad_jax.detection import bundle, calibration, features
 from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
@@ -520,3 +521,83 @@ def _write_report(record, config, results, figures) -> None:
         f"in {100 * found['mean_accuracy']:.1f} % of cases on average."
     )
     report.write_page(record.workdir / "report.html", "Image attribution", sections, lead=lead)
+
+
+def plan(config: Config) -> list[_plan.Stage]:
+    """Stages for `--plan`; figures, and copies of images that were processed, are left out."""
+    entry = zoo.record(config.ours)
+    gan = _gan(entry)
+    ours = _plan.abstract_generator(gan)
+    layer = jax.eval_shape(sampling.final_layer, ours)
+    names, num_own = zoo.names(), config.num_generated
+    num_tests = config.num_test * (len(names) + 1)  # own, every rival, real
+    stages = []
+    if config.retrain:
+        for name in names:
+            entry = zoo.record(name)
+            images = _plan.training_images(entry["dataset"], entry["image_shape"][0])
+            stages.append(
+                _plan.gan_training(
+                    _gan(entry),
+                    entry["batch_size"],
+                    entry["num_steps"],
+                    num_images=images.shape[0],
+                    name=f"{name}: training step",
+                )
+            )
+    stages.append(_plan.mean_activation(ours, config.num_mean))
+    stages.append(_plan.generation(ours, num_own + config.num_test * len(names)))
+    if config.num_impostors:
+        stages.append(_plan.impostor_images(ours, config.num_impostors))
+    sizes, networks = {}, []
+    for name, settings in _detector_configs(config).items():
+        shown, _ = DETECTORS[name]
+        if name == "one_class":
+            num_calibration = int(num_own * settings.calibration_share)
+            num_fitted = num_own - 2 * num_calibration
+            if config.num_impostors:
+                num_fitted = min(num_fitted, settings.num_inverted)
+                networks.append(_plan.impostor_training(ours.image_shape, settings.impostor))
+            sizes[name] = num_fitted + 2 * num_calibration + num_tests
+            num_features = math.prod(layer.operator.input_shape)
+            num_directions = settings.one_class.num_components
+            num_directions = min(num_directions, num_fitted // 3, num_features // 2)
+            networks.append(_plan.principal_directions(num_fitted, num_features, num_directions))
+            if settings.check_untouched:  # 1000 images and copies by five processes, 1000 more
+                networks.append(_plan.traces_of_processing(ours.image_shape, 7 * 1000))
+            continue
+        num_calibration = int(config.num_supervised * settings.calibration_share)
+        num_fitted = config.num_supervised - num_calibration + config.num_real
+        sizes[name] = num_fitted + num_calibration + num_tests
+        shape = layer.operator.input_shape if name == "flipad" else ours.image_shape
+        raw = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        extract = functools.partial(features.extract, features.preset(settings.features))
+        shape = jax.eval_shape(extract, raw).shape[1:]
+        network = settings.deepsad_config()
+        networks.append(
+            _plan.deepsad_training(network, shape, num_fitted, name=f"{shown}: training step")
+        )
+        networks.append(
+            _plan.deepsad_scoring(network, shape, sizes[name], name=f"{shown}: centre and scores")
+        )
+    num_averaged = min(200, config.num_test) * (len(names) + 1)
+    stages.append(
+        _plan.inversion(
+            layer,
+            sizes["one_class"] + sizes["flipad"] + num_averaged,
+            max_iters=config.max_iters,
+            tol=config.tol,
+            name="inversion, 10 iterations of 64 images",
+        )
+    )
+    return stages + networks
+
+
+def _gan(entry: dict[str, Any]) -> training.Gan:
+    """The model that a record of the zoo describes."""
+    return zoo.FAMILIES[entry["family"]](
+        tuple(entry["image_shape"]),
+        latent_dim=entry["latent_dim"],
+        features=tuple(entry["features"]),
+        discriminator_features=tuple(entry["discriminator_features"]),
+    )

@@ -143,3 +143,25 @@ def summary(metrics: dict[str, Any]) -> str:
     ]
     header = ["file", "family", "seed", "steps", "sha256"]
     return report.table_text(header, rows)
+
+
+def plan(config: Config) -> list[Any]:
+    """Stages for `--plan`: training; samples and files cost next to nothing beside it."""
+    from experiments import _plan
+
+    images = _plan.training_images(config.dataset, config.image_size, config.num_images)
+    gan = zoo.FAMILIES[config.family](
+        images.shape[1:],
+        latent_dim=config.latent_dim,
+        features=config.features or None,
+        discriminator_features=config.discriminator_features or None,
+    )
+    return [
+        _plan.gan_training(
+            gan,
+            config.batch_size,
+            config.num_steps,
+            len(config.seeds),
+            num_images=images.shape[0],
+        )
+    ]

@@ -175,6 +175,31 @@ def test_help_shows_experiments_and_settings_without_running(toy, demo, capsys):
     assert demo.CALLS == []
 
 
+PLAN = """
+
+def plan(config):
+    import jax
+    from experiments._plan import Stage
+    x = jax.ShapeDtypeStruct((10, 10), "float32")
+    return [Stage("product", lambda x: x @ x, (x,), calls=config.num_images)]
+"""
+
+
+def test_plan_tells_what_a_run_would_cost_without_running(toy, capsys):
+    Path(toy, "demo.py").write_text(DEMO.lstrip() + PLAN)
+    assert command(toy, "--preset=smoke", "--num_images=5", "--plan") == 0
+    text = capsys.readouterr().out
+    assert "--preset=smoke --num_images=5 was not run" in text
+    assert "product" in text and "10 k" in text
+    assert importlib.import_module(f"{toy}.demo").CALLS == [] and not Path("runs").exists()
+
+
+def test_an_experiment_without_a_plan_says_so(toy, demo, capsys):
+    assert command(toy, "--plan") == 2
+    assert "--experiment=demo has no plan" in one_error(capsys)
+    assert demo.CALLS == [] and not Path("runs").exists()
+
+
 def test_nothing_is_defined_in_the_global_flags(toy):
     before = set(flags.FLAGS)
     assert command(toy, "--preset=smoke") == 0
