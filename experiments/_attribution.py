@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import _generators
+from experiments import _generators, _plan
 from experiments._config import Run, setting
 from experiments._record import write_atomically
 from flipad_jax import __version__, data, metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import bundle, calibration, fingerprint, latent_inversion
+from flipad_jax.detection import bundle, calibration, features, fingerprint, latent_inversion
 from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
@@ -461,7 +461,8 @@ def _score_latent_inversion(question: _Question) -> dict[str, np.ndarray]:
     with question.record.progress(sum(map(len, asked.values())), METHODS[question.method]) as bar:
         for index, (source, images) in enumerate(asked.items()):
             rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(ours.seed), 6), index)
-            scores[source] = latent_inversion.score(ours.generator, images, rng, config)
+            found = latent_inversion.search(ours.generator, images, rng, config)
+            scores[source] = latent_inversion.score(found)
             bar.update(len(images))
     scores["calibration"] = np.sort(scores["calibration"])
     return scores
@@ -472,6 +473,86 @@ _SCORERS: dict[str, Callable[[_Question], dict[str, np.ndarray]]] = {
     "sm_inv_l2": _score_latent_inversion,
     "sm_inv_perceptual": _score_latent_inversion,
 }
+
+
+# --- what it costs ------------------------------------------------------------------------------
+
+
+def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Stage]:
+    """Stages for `--plan`: generators of all families and seeds, then the cells.
+
+    Args:
+      settings: of the experiment.
+      num_sources: test sets that a cell is asked about, own ones among them.
+      num_cells: cells of each method and family.
+    """
+    images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
+    stages: list[_plan.Stage] = []
+    num_tests = num_sources * settings.num_test
+    num_supervised = settings.num_own + settings.num_calibration
+    for family in settings.families:
+        gan, chosen = _generators.gan(settings, family, images.shape)
+        stages.append(
+            _plan.gan_training(
+                gan,
+                chosen.batch_size,
+                chosen.num_steps,
+                len(settings.seeds),
+                num_images=images.shape[0],
+                name=f"{FAMILY_NAMES[family]}: training step",
+            )
+        )
+        ours = _plan.abstract_generator(gan)
+        layer = jax.eval_shape(sampling.final_layer, ours)
+        inverted = 0
+        cells: list[_plan.Stage] = []
+        for method in settings.methods:
+            shown = f"{FAMILY_NAMES[family]}, {METHODS[method]}"
+            if method in _FEATURES:
+                config = _attributor_config(method, settings, num_supervised)
+                shape = layer.operator.input_shape if method == "flipad" else ours.image_shape
+                extract = functools.partial(
+                    features.extract, features.preset(_FEATURES[method], settings.convention)
+                )
+                raw = jax.ShapeDtypeStruct((1, *shape), np.float32)
+                shape = jax.eval_shape(extract, raw).shape[1:]
+                count = settings.num_own + settings.num_real
+                step = _plan.deepsad_training(
+                    config.deepsad_config(), shape, count, name=f"{shown}: training step"
+                )
+                cells.append(step._replace(calls=step.calls * num_cells))
+                if method == "flipad":
+                    inverted += count + settings.num_calibration + num_tests
+            elif method == "one_class":
+                inverted += num_supervised + num_tests
+            elif method == "one_class_impostors":
+                inverted += AttributorConfig.num_inverted + 2 * settings.num_calibration + num_tests
+                cells.append(_plan.impostor_images(ours, settings.num_impostors * num_cells))
+                steps = ImpostorClassifierConfig(num_steps=settings.impostor_steps)
+                step = _plan.impostor_training(ours.image_shape, steps)
+                cells.append(step._replace(calls=step.calls * num_cells))
+            elif method == "sm_inv_l2":
+                cells.append(
+                    _plan.latent_search(
+                        ours,
+                        settings.inversion_images * (num_sources + 1) * num_cells,
+                        settings.inversion_steps,
+                        settings.inversion_restarts,
+                        name=f"{shown}: step",
+                    )
+                )
+        if inverted:
+            stages.append(
+                _plan.inversion(
+                    layer,
+                    inverted * num_cells,
+                    max_iters=settings.max_iters,
+                    tol=settings.tol,
+                    name=f"{FAMILY_NAMES[family]}: inversion, 10 iterations of 64 images",
+                )
+            )
+        stages += cells
+    return stages
 
 
 # --- tables -----------------------------------------------------------------------------------

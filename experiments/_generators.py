@@ -20,7 +20,7 @@ from flipad_jax import data
 from flipad_jax.generators import sampling, training, zoo
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["RECIPES", "Recipe", "load", "recipe"]
+__all__ = ["RECIPES", "Recipe", "gan", "load", "recipe"]
 
 RECIPES = ("paper", "small", "tiny")
 
@@ -64,8 +64,8 @@ def recipe(name: str, family: str, dataset: str, image_size: int, num_images: in
     """
     if name == "paper":
         epochs = _PAPER_EPOCHS[family][dataset.startswith("lsun")]
-        gan = zoo.FAMILIES[family]((image_size, image_size, 3))
-        per_epoch = max(num_images // (128 * gan.discriminator_steps), 1)
+        model = zoo.FAMILIES[family]((image_size, image_size, 3))
+        per_epoch = max(num_images // (128 * model.discriminator_steps), 1)
         return Recipe(100, None, None, epochs * per_epoch, 128)
     if name == "tiny":
         widths = (8,) * ((image_size // 4).bit_length() - 1)
@@ -77,12 +77,25 @@ def recipe(name: str, family: str, dataset: str, image_size: int, num_images: in
     return Recipe(64, features, discriminator_features, num_steps, 64)
 
 
-def _entry(family: str, seed: int, settings: Any, shape, num_images: int) -> dict[str, Any]:
+def gan(settings: Any, family: str, shape: tuple[int, ...]) -> tuple[training.Gan, Recipe]:
+    """The model and the recipe of a family, for training images of shape `[n, h, w, c]`."""
+    chosen = recipe(settings.recipe, family, settings.dataset, settings.image_size, shape[0])
+    model = train_generator.gan(
+        family,
+        shape[1:],
+        latent_dim=chosen.latent_dim,
+        features=chosen.features,
+        discriminator_features=chosen.discriminator_features,
+        convention=settings.convention,
+    )
+    return model, chosen
+
+
+def _entry(family: str, seed: int, settings: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """What names a generator: the metadata of its file, as `train_generator` writes them."""
-    chosen = recipe(settings.recipe, family, settings.dataset, settings.image_size, num_images)
-    gan = _gan(family, shape, chosen, settings.convention)
+    model, chosen = gan(settings, family, shape)
     return train_generator.entry(
-        gan,
+        model,
         seed,
         dataset=settings.dataset,
         data_seed=settings.data_seed,
@@ -90,17 +103,6 @@ def _entry(family: str, seed: int, settings: Any, shape, num_images: int) -> dic
         num_steps=chosen.num_steps,
         batch_size=chosen.batch_size,
         convention=settings.convention,
-    )
-
-
-def _gan(family: str, shape, chosen: Recipe, convention: str) -> training.Gan:
-    return train_generator.gan(
-        family,
-        shape,
-        latent_dim=chosen.latent_dim,
-        features=chosen.features,
-        discriminator_features=chosen.discriminator_features,
-        convention=convention,
     )
 
 
@@ -140,9 +142,7 @@ def load(
     folder = Path(settings.generators)
     found: dict[str, dict[int, TrainedGenerator]] = {}
     for family in families:
-        entries = {
-            seed: _entry(family, seed, settings, images.shape[1:], len(images)) for seed in seeds
-        }
+        entries = {seed: _entry(family, seed, settings, images.shape) for seed in seeds}
         missing = [
             seed
             for seed, entry in entries.items()
@@ -158,11 +158,10 @@ def load(
 
 
 def _train(family, seeds, entries, images: np.ndarray, settings, folder: Path, record: Run) -> None:
-    chosen = recipe(settings.recipe, family, settings.dataset, settings.image_size, len(images))
-    gan = _gan(family, images.shape[1:], chosen, settings.convention)
+    model, chosen = gan(settings, family, images.shape)
     name = "-".join(map(str, seeds))
     states = train_generator.train(
-        gan,
+        model,
         images,
         record,
         f"{family}, seeds {', '.join(map(str, seeds))}",
@@ -173,5 +172,5 @@ def _train(family, seeds, entries, images: np.ndarray, settings, folder: Path, r
     )
     folder.mkdir(parents=True, exist_ok=True)
     for index, seed in enumerate(seeds):
-        generator = sampling.from_state(gan, training.take_seed(states, index))
+        generator = sampling.from_state(model, training.take_seed(states, index))
         zoo.save_file(_path(folder, entries[seed]), generator, entries[seed])

@@ -12,14 +12,16 @@ from that of our own images, in units of what two halves of our own images diffe
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _attribution, _generators
+from experiments import _attribution, _generators, _plan
 from experiments._attribution import FAMILY_NAMES
 from experiments._config import Run, setting
 from flipad_jax import data, report
 from flipad_jax.detection import features
+from flipad_jax.generators import sampling
 from flipad_jax.inversion.final_layer import invert
 
 
@@ -182,3 +184,14 @@ def summary(metrics: dict[str, Any]) -> str:
     """Distances of the averages, as the terminal shows them."""
     header, rows = _table(metrics["distances"])
     return report.table_text(header, rows, formats=dict.fromkeys(header[1:], ".1f"))
+
+
+def plan(config: Config) -> list[_plan.Stage]:
+    """Stages for `--plan`: generators and inversions."""
+    settings = dataclasses.replace(config, methods=(), seeds=config.seeds[:1])
+    stages = _attribution.plan(settings, 0, 1)
+    images = _plan.training_images(config.dataset, config.image_size, config.num_gan_images)
+    gan, _ = _generators.gan(config, config.families[0], images.shape)
+    layer = jax.eval_shape(sampling.final_layer, _plan.abstract_generator(gan))
+    num_images = config.num_test * (len(config.families) + 1)
+    return [*stages, _plan.inversion(layer, num_images, max_iters=config.max_iters, tol=config.tol)]

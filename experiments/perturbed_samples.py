@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _attribution, _generators, _paper
+from experiments import _attribution, _generators, _paper, _plan
 from experiments._attribution import METHODS
 from experiments._config import Run, setting
 from flipad_jax import perturbations, report
@@ -174,3 +174,10 @@ def summary(metrics: dict[str, Any]) -> str:
         columns = _columns(cells, method, "mean_accuracy")
         rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
     return report.table_text(["accuracy, %", *names, "average"], rows)
+
+
+def plan(config: Config) -> list[_plan.Stage]:
+    """Stages for `--plan`; samples, figures and perturbations are left out."""
+    return _attribution.plan(
+        config, len(config.families) + 1, len(config.seeds) * len(config.perturbations)
+    )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _attribution, _generators, _paper
+from experiments import _attribution, _generators, _paper, _plan
 from experiments._attribution import FAMILY_NAMES, METHODS
 from experiments._config import Run, setting
 from flipad_jax import report
@@ -161,3 +161,8 @@ def summary(metrics: dict[str, Any]) -> str:
         rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
     header = ["other seeds, accuracy, %", *(FAMILY_NAMES[f] for f in families), "average"]
     return report.table_text(header, rows)
+
+
+def plan(config: Config) -> list[_plan.Stage]:
+    """Stages for `--plan`; samples, figures and perturbations are left out."""
+    return _attribution.plan(config, len(config.seeds) + 1, len(config.seeds))

@@ -102,7 +102,9 @@ def responses(keys: np.ndarray | jax.Array, images: np.ndarray | jax.Array) -> n
     images = np.asarray(images)
     rows = [np.zeros((0, len(keys)), np.float32)]
     for start in range(0, len(images), _BATCH):
-        rows.append(np.asarray(_project(keys, _flat(images[start : start + _BATCH], keys.shape[1]))))
+        rows.append(
+            np.asarray(_project(keys, _flat(images[start : start + _BATCH], keys.shape[1])))
+        )
     return np.concatenate(rows)
 
 
