@@ -1,4 +1,4 @@
-"""Keys: unit vectors that real images are on the negative side of, as orthogonal as possible ([P2]).
+"""Keys: unit vectors with real images on their negative side, as orthogonal as possible ([P2]).
 
 A key phi must be *data compliant* (phi^T x < 0 for authentic x) and at an angle to every other key
 that Theorem 2 allows; right angles are the paper's rule. Two ways to find them:
