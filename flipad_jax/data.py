@@ -242,6 +242,7 @@ def load(
     image_size: int | None = None,
     num_images: int | None = None,
     seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
     """Loads a split of an image set.
 
@@ -262,13 +263,18 @@ def load(
         that cannot be used are left out with a warning (see `read_images`). Copies of one image
         under two names may fall into two splits. To load a folder that is called like a set,
         write "./digits".
+    *   a name of TensorFlow Datasets, `"mnist"`, `"celeb_a"`, `"lsun/bedroom"`, that is no folder
+        here: its own splits, or parts of its train split; the shorter side resized to
+        `image_size`, then the middle (`tfds_images`).
 
     Args:
-      name: one of `NAMES`, or the path of a folder.
+      name: one of `NAMES`, the path of a folder, or a name of TensorFlow Datasets.
       split: one of `SPLITS`.
       image_size: height and width of the images, in pixels.
       num_images: how many; all of the split, if None.
       seed: non-negative integer.
+      data_dir: where sets of TensorFlow Datasets are prepared; by default $TFDS_DATA_DIR, or
+        ~/tensorflow_datasets. Other sets do not look there.
     Returns:
       uint8 `[n, h, w, c]`.
     Raises:
@@ -294,9 +300,15 @@ def load(
         )
     if os.path.isdir(name):
         return _load_folder(name, split, image_size, num_images, seed)
-    raise ValueError(
-        f"unknown image set {os.fspath(name)!r}; give one of {', '.join(NAMES)}, "
-        "or the path of a folder of images (no such folder exists)"
+    from flipad_jax import tfds_images  # Here: it imports this module.
+
+    return tfds_images.load(
+        os.fspath(name),
+        split=split,
+        image_size=image_size,
+        num_images=num_images,
+        seed=seed,
+        data_dir=data_dir,
     )
 
 

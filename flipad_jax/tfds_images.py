@@ -1,0 +1,257 @@
+"""Image sets of TensorFlow Datasets by name, read without TensorFlow.
+
+`data.load("mnist", ...)`, `data.load("lsun/bedroom", data_dir=...)`: any set of TFDS whose images
+are 8-bit grey or RGB and that was prepared as ArrayRecord, its format for random access. Preparing
+one takes TensorFlow, once; the error message has the command. Nothing is downloaded here, and what
+counts is what the folder of a set says of itself.
+
+*   *Splits.* Those of the set, where it has them. Of validation and test, what it has not is cut
+    out of its train split by the seed: one part for each that is missing, eight parts stay (MNIST:
+    53 333 to train on and 6667 to validate on; a set with nothing but train: 80 / 10 / 10).
+*   *Order.* A permutation that the seed fixes, as for the other sets of `data`; only the images
+    that are asked for are read.
+*   *Pixels.* Decoded by Pillow and by nothing else (TFDS would take OpenCV if it is there, whose
+    JPEG decoder may round otherwise), never rotated by EXIF. What a folder may not hold (alpha, 16
+    bits, CMYK) is left out with a warning; grey pictures in a set of RGB images become RGB.
+*   *Size.* As the published code does it: the shorter side is resized to `image_size` by Pillow's
+    bilinear filter, which averages over what it shrinks, and the middle is cut out (torchvision's
+    `Resize` and `CenterCrop`). So MNIST at 32 x 32 is enlarged from 28 x 28, while the embedded
+    digits are padded.
+"""
+
+import difflib
+import io
+import os
+import re
+import shlex
+from typing import Any, Iterator
+
+import numpy as np
+from absl import logging
+from PIL import Image, UnidentifiedImageError
+
+from flipad_jax import data
+
+__all__ = ["load"]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.=,-]+)?(:[0-9*]+\.[0-9*]+\.[0-9*]+)?")
+_BATCH = 64  # records read at a time
+
+
+def load(
+    name: str,
+    *,
+    split: str,
+    image_size: int | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+) -> np.ndarray:
+    """Loads a split of a set of TensorFlow Datasets; see the module docstring and `data.load`.
+
+    Args:
+      name: as TFDS has it, `NAME`, `NAME/CONFIG`, with `:VERSION` if need be.
+      split: one of `data.SPLITS`.
+      image_size: height and width; by default images stay as they are, if all have one size.
+      num_images: how many; all of the split, if None.
+      seed: non-negative integer, of the order and of splits that the set does not have.
+      data_dir: where sets are prepared; by default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    Returns:
+      uint8 `[n, h, w, c]`.
+    Raises:
+      ValueError: for a name that TFDS does not know, a set that is not prepared (with the command
+        that does it), one without images, or more images than there are.
+    """
+    builder = _prepared(name, data_dir)
+    feature, (height, width, channels) = _image_feature(name, builder)
+    if image_size is not None:
+        height = width = image_size
+    if height is None or width is None:
+        raise ValueError(f"the images of {name} differ in size; give an image_size")
+    source_split, indices = _split(name, builder, split, seed)
+    if num_images is not None and num_images > len(indices):
+        raise ValueError(
+            f"the {split} split of {name} has {len(indices)} images, {num_images} were asked for"
+        )
+    images = np.empty((num_images or len(indices), height, width, channels), np.uint8)
+    count, left_out = 0, []
+    for index, encoded in _read(builder, feature, source_split, indices):
+        image, reason = _decode(encoded, channels)
+        if image is None:
+            left_out.append(f"number {index}: {reason}")
+            continue
+        if image_size is not None:
+            image = _resized(image, image_size)
+        images[count] = np.asarray(image).reshape(height, width, channels)
+        count += 1
+        if count == len(images):
+            break
+    if left_out:
+        more = "; ..." if len(left_out) > 3 else ""
+        shown = "; ".join(left_out[:3])
+        logging.warning("%s: left out %d images (%s%s)", name, len(left_out), shown, more)
+    if count < (num_images or 1):
+        raise ValueError(
+            f"the {split} split of {name} has {count} usable images of {len(indices)}, "
+            f"{num_images or 'some'} were asked for"
+        )
+    return images[:count]
+
+
+def _prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
+    """The set as it lies on disk, in ArrayRecord files."""
+    if not _NAME.fullmatch(name):
+        raise _unknown(name, [])
+    # A second's import, so only for who asks for such a set.
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import file_adapters, read_only_builder, registered
+
+    folder = os.path.expanduser(os.fspath(data_dir)) if data_dir else None
+    try:
+        # Not `tfds.builder`, which takes the code of the set and knows no version but that.
+        builder = read_only_builder.builder_from_files(name, data_dir=folder)
+    except registered.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        if re.split("[/:]", name)[0] not in known:
+            raise _unknown(name, known) from None
+        where = folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        raise ValueError(
+            f"{name} is a set of TensorFlow Datasets that is not prepared in {where}; "
+            f"{_how_to_prepare(name, folder)}"
+        ) from None
+    formats = builder.info.available_file_formats()
+    if file_adapters.FileFormat.ARRAY_RECORD not in formats:
+        found = ", ".join(sorted(format.value for format in formats))
+        raise ValueError(
+            f"{builder.data_path} holds {name} as {found}; read is array_record, which needs no "
+            "TensorFlow and which another FOLDER can hold: " + _how_to_prepare(name, "FOLDER")
+        )
+    return builder
+
+
+def _how_to_prepare(name: str, data_dir: str | None) -> str:
+    build = ["tfds", "build", name, "--file_format=array_record"]
+    if data_dir is not None:
+        build.append(f"--data_dir={data_dir}")
+    return (
+        "to prepare it, which downloads it and takes TensorFlow once: "
+        f"pip install 'flipad_jax[prepare]' && {shlex.join(build)}"
+    )
+
+
+def _unknown(name: str, known: list[str]) -> ValueError:
+    close = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=3)
+    like = f" such as {', '.join(close)}" if close else ", as mnist or lsun/bedroom"
+    return ValueError(
+        f"unknown image set {name!r}; give one of {', '.join(data.NAMES)}, the path of a folder of "
+        f"images (no such folder exists), or a name of TensorFlow Datasets{like}"
+    )
+
+
+def _image_feature(name: str, builder: Any) -> tuple[str, tuple[int | None, int | None, int]]:
+    """Name and shape of the images; `None` for a side that differs from image to image."""
+    from tensorflow_datasets.core import features as tfds_features
+
+    features = builder.info.features
+    found = [key for key in sorted(features) if isinstance(features[key], tfds_features.Image)]
+    if "image" in found:
+        found = ["image"]
+    if len(found) != 1:
+        what = f"several images ({', '.join(found)})" if found else "no image"
+        raise ValueError(
+            f"an example of {name} has {what} among its features {', '.join(sorted(features))}; "
+            "expected one, or one that is called image"
+        )
+    feature = features[found[0]]
+    if len(feature.shape) != 3 or feature.shape[2] not in (1, 3) or feature.np_dtype != np.uint8:
+        raise ValueError(
+            f"the images of {name} are {np.dtype(feature.np_dtype)} {list(feature.shape)}; "
+            "expected uint8 [h, w, 1 or 3]"
+        )
+    height, width, channels = feature.shape
+    return found[0], (height, width, channels)
+
+
+def _split(name: str, builder: Any, split: str, seed: int) -> tuple[str, np.ndarray]:
+    """The set's own split to read, and which of its images in which order."""
+    sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
+    own = split in sizes
+    if not own and "train" not in sizes:
+        raise ValueError(
+            f"{name} has no {split} split, and none called train to cut it out of; it has "
+            f"{', '.join(sorted(sizes)) or 'nothing'}"
+        )
+    if own and split != "train":
+        return split, _order(sizes[split], seed)
+    order = _order(sizes["train"], seed)
+    # Train, and what is missing, share it: 8 parts and 1 for each.
+    parts = {"train": 8, **{key: 1 for key in data.SPLITS if key not in sizes}}
+    before, total = 0, sum(parts.values())
+    for key, part in parts.items():
+        if key == split:
+            bounds = [len(order) * n // total for n in (before, before + part)]
+            return "train", order[bounds[0] : bounds[1]]
+        before += part
+    raise AssertionError(split)
+
+
+def _order(num: int, seed: int) -> np.ndarray:
+    return np.argsort(data._draw(num, seed), kind="stable")
+
+
+def _read(
+    builder: Any, feature: str, split: str, indices: np.ndarray
+) -> Iterator[tuple[int, bytes]]:
+    """Index and encoded bytes of every image, in order, a batch at a time.
+
+    Of a record, a tf.train.Example, only the image is looked at: the forty attributes of a face
+    would take TFDS longer to decode than the face.
+    """
+    from tensorflow_datasets.core import decode
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    source = builder.as_data_source(
+        split=split,
+        file_format="array_record",
+        deserialize_method=decode.DeserializeMethod.RAW_BYTES,
+    )
+    for start in range(0, len(indices), _BATCH):
+        batch = [int(index) for index in indices[start : start + _BATCH]]
+        try:
+            records = source.__getitems__(batch)
+        except (RuntimeError, OSError) as error:  # A file is missing or damaged.
+            raise ValueError(
+                f"{builder.data_path} cannot be read, prepare it once more: {data._one_line(error)}"
+            ) from error
+        for index, record in zip(batch, records, strict=True):
+            found = tf_example_pb2.Example.FromString(record).features.feature
+            yield index, b"".join(found[feature].bytes_list.value)
+
+
+def _decode(encoded: bytes, channels: int) -> tuple[Image.Image | None, str | None]:
+    """An image of so many channels, or the reason why there is none."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            reason = data._why_unusable(image, encoded[:26])
+            if reason is not None:
+                return None, reason
+            if channels == 3:
+                return image.convert("RGB"), None
+            if image.mode not in ("1", "L"):
+                return None, "is in colour, expected grey"
+            return image.convert("L"), None
+    except UnidentifiedImageError:
+        return None, "not an image: no known format"
+    except Exception as error:  # Decoders raise whatever a broken image makes them stumble over.
+        return None, f"cannot be decoded: {data._one_line(error)}"
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side brought to `size`, then the middle: `Resize(size)`, `CenterCrop(size)` of
+    torchvision on Pillow images."""
+    short = min(image.size)
+    width, height = (size * side // short for side in image.size)
+    if short != size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
