@@ -6,11 +6,17 @@ without loss. They run on the host, image by image, so nothing depends on how im
 
 Blur, crop, noise and JPEG do what the code of the FLIPAD paper [P1] does with torchvision and
 Pillow on 8-bit images, before any scaling; as there, the blur's standard deviation is 3 pixels
-whatever the size of its window.
+whatever the size of its window. `combination` chains the four as [P2] does.
+
+`apply` takes a perturbation by name, as experiments have it on their command line.
+
+Randomness is folded from the index of an image in its set, so a set may be edited in pieces: give
+`first`, the index of the first image, with each.
 """
 
 import functools
 import io
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,18 @@ from PIL import Image
 
 from flipad_jax import data
 
-__all__ = ["RESAMPLING", "blur", "crop", "jpeg", "noise", "resize"]
+__all__ = [
+    "FORMS",
+    "RESAMPLING",
+    "apply",
+    "blur",
+    "combination",
+    "crop",
+    "jpeg",
+    "noise",
+    "parse",
+    "resize",
+]
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -116,28 +133,50 @@ def _draw_noise(rng: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> j
     )(indices)
 
 
-def noise(images: np.ndarray, rng: jax.Array, std: float) -> np.ndarray:
+@jax.jit
+def _draw_choices(rng: jax.Array, indices: jax.Array) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(rng, i), shape=(4,)))(indices)
+
+
+def _draw(draw: Callable, rng: jax.Array, indices: np.ndarray, *args) -> np.ndarray:
+    """What `draw` gives for up to `_BATCH` indices, filled up to them: one compilation."""
+    filled = np.zeros(_BATCH, np.int32)
+    filled[: len(indices)] = indices
+    return np.asarray(draw(rng, filled, *args))[: len(indices)]
+
+
+def _indices(images: np.ndarray, first: int) -> np.ndarray:
+    if first < 0 or first + len(images) > np.iinfo(np.int32).max:
+        raise ValueError(f"first={first}: expected the index of the first image, 0 or above")
+    return np.arange(first, first + len(images), dtype=np.int32)
+
+
+def noise(images: np.ndarray, rng: jax.Array, std: float, *, first: int = 0) -> np.ndarray:
     """Independent normal noise on every pixel and channel, rounded and clipped to 0..255.
 
     Args:
       images: `[n, h, w, c]` uint8.
-      rng: key; the noise of image i comes from `fold_in(rng, i)`.
+      rng: key; the noise of image i comes from `fold_in(rng, first + i)`.
       std: standard deviation as a share of the 255 grey levels; 0.05 and 0.1 in [P1].
+      first: index of the first image in its set.
     Returns:
       `[n, h, w, c]` uint8.
     Raises:
-      ValueError: for a standard deviation that is negative or not finite, or bad images.
+      ValueError: for a standard deviation that is negative or not finite, a negative index, or bad
+        images.
     """
     images = _checked(images)
+    return _noise(images, rng, std, _indices(images, first))
+
+
+def _noise(images: np.ndarray, rng: jax.Array, std: float, indices: np.ndarray) -> np.ndarray:
     if not 0 <= std < np.inf:
         raise ValueError(f"std={std}: expected a finite number, 0 or above")
     noisy = np.empty_like(images)
     for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
-        indices = jnp.arange(start, start + _BATCH, dtype=jnp.int32)
-        drawn = np.asarray(_draw_noise(rng, indices, images.shape[1:]))[: len(batch)]
-        changed = batch + np.rint(drawn * np.float32(255 * std))
-        noisy[start : start + len(batch)] = np.clip(changed, 0, 255)
+        part = slice(start, start + _BATCH)
+        drawn = _draw(_draw_noise, rng, indices[part], images.shape[1:])
+        noisy[part] = np.clip(images[part] + np.rint(drawn * np.float32(255 * std)), 0, 255)
     return noisy
 
 
@@ -187,3 +226,133 @@ def resize(images: np.ndarray, factor: float, method: str = "bilinear") -> np.nd
     between = (max(round(w * factor), 1), max(round(h * factor), 1))
     filter_ = RESAMPLING[method]
     return _each(images, lambda image: image.resize(between, filter_).resize((w, h), filter_))
+
+
+def combination(
+    images: np.ndarray,
+    rng: jax.Array,
+    *,
+    kernel_size: int = 3,
+    size: int | None = None,
+    std: float = 0.1,
+    quality: int = 80,
+    first: int = 0,
+) -> np.ndarray:
+    """Blur, crop, noise and JPEG in this order, each with probability 1/2 ([P2] section 3).
+
+    One image in sixteen stays as it is. [P1] has no combination; the strengths are the stronger
+    ones that it has for each alone, where [P2] draws strengths at random.
+
+    Args:
+      images: `[n, h, w, c]` uint8.
+      rng: key; with `choice, noise = split(rng)`, what happens to image i is
+        `bernoulli(fold_in(choice, first + i), shape=(4,))`, and its noise is that of `noise`.
+      kernel_size: window of `blur`.
+      size: side that `crop` keeps; 55 of 64 pixels if None, see `apply`.
+      std: standard deviation of `noise`.
+      quality: quality of `jpeg`.
+      first: index of the first image in its set.
+    Returns:
+      `[n, h, w, c]` uint8.
+    Raises:
+      ValueError: for a strength that one of the four refuses, a negative index, or bad images.
+    """
+    images = _checked(images)
+    indices = _indices(images, first)
+    size = _share_of_64(images, 55) if size is None else size
+    rng_choice, rng_noise = jax.random.split(rng)
+    edits = (
+        lambda part, _: blur(part, kernel_size),
+        lambda part, _: crop(part, size),
+        lambda part, part_indices: _noise(part, rng_noise, std, part_indices),
+        lambda part, _: jpeg(part, quality),
+    )
+    for edit in edits:
+        edit(images[:0], indices[:0])  # a bad strength is refused even if no image would meet it
+    edited = images.copy()
+    for start in range(0, len(images), _BATCH):
+        batch, batch_indices = edited[start : start + _BATCH], indices[start : start + _BATCH]
+        choices = _draw(_draw_choices, rng_choice, batch_indices)
+        for chosen, edit in zip(choices.T, edits):
+            batch[chosen] = edit(batch[chosen], batch_indices[chosen])
+    return edited
+
+
+def _share_of_64(images: np.ndarray, size: int) -> int:
+    if not 1 <= size <= 64:
+        raise ValueError(f"crop-{size}: expected 1 to 64, the pixels kept of 64")
+    return max(round(size * min(images.shape[1:3]) / 64), 1)
+
+
+_NUMBERS = {"N": int, "X": float}
+
+# By name: what its number is called in `FORMS`, and a function of images, key, number, first index.
+_NAMED: dict[str, tuple[str, Callable]] = {
+    "blur": ("N", lambda images, rng, number, first: blur(images, number)),
+    "crop": ("N", lambda images, rng, number, first: crop(images, _share_of_64(images, number))),
+    "noise": ("X", lambda images, rng, number, first: noise(images, rng, number, first=first)),
+    "jpeg": ("N", lambda images, rng, number, first: jpeg(images, number)),
+    "resize": ("X", lambda images, rng, number, first: resize(images, number)),
+    "combination": ("", lambda images, rng, number, first: combination(images, rng, first=first)),
+    "none": ("", lambda images, rng, number, first: _checked(images).copy()),
+}
+
+# What a name may look like; N is a whole number, X a decimal one.
+FORMS = tuple(f"{name}-{number}" if number else name for name, (number, _) in _NAMED.items())
+
+
+def parse(name: str) -> tuple[str, int | float | None]:
+    """Takes a name of the form in `FORMS` apart, so that an experiment can refuse a bad one early.
+
+    Args:
+      name: such as "blur-3", "noise-0.1" or "combination".
+    Returns:
+      What is done, and how strongly; None where the name has no number.
+    Raises:
+      ValueError: for a name of no such form. Whether the strength is one that the perturbation
+        takes shows when it is applied.
+    """
+    kind, _, number = name.partition("-")
+    if name in FORMS:  # it has no number
+        return kind, None
+    try:
+        return kind, _NUMBERS[_NAMED[kind][0]](number)
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(
+        f"unknown perturbation {name!r}; there are {', '.join(FORMS)}, with N a whole number and X "
+        "a decimal one, such as blur-3 or noise-0.1"
+    )
+
+
+def apply(name: str, images: np.ndarray, rng: jax.Array, *, first: int = 0) -> np.ndarray:
+    """A perturbation by its name.
+
+    =============== ===========================================================================
+    blur-N          `blur` with a window of N x N
+    crop-N          `crop` to N pixels of 64; from images of another size the same share of their
+                    shorter side is kept, to the nearest pixel, halves to the even number:
+                    crop-55 keeps 28 of 32
+    noise-X         `noise` of standard deviation X
+    jpeg-N          `jpeg` of quality N
+    resize-X        `resize` by X and back, bilinear
+    combination     `combination` with its default strengths
+    none            nothing
+    =============== ===========================================================================
+
+    [P1] has blur-1 (which changes nothing), blur-3, crop-60, crop-55, noise-0.05, noise-0.1,
+    jpeg-90 and jpeg-80.
+
+    Args:
+      name: as in the table.
+      images: `[n, h, w, c]` uint8.
+      rng: key, for noise and combination; others ignore it.
+      first: index of the first image in its set.
+    Returns:
+      `[n, h, w, c]` uint8.
+    Raises:
+      ValueError: for an unknown name, a strength that the perturbation refuses, a negative index,
+        or bad images.
+    """
+    kind, strength = parse(name)
+    return _NAMED[kind][1](images, rng, strength, first)

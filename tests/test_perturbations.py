@@ -1,5 +1,8 @@
 """Perturbations against torchvision's semantics written anew, PyTorch, and Pillow itself."""
 
+import itertools
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -21,6 +24,17 @@ EDITS = {
     "noise": lambda images: perturbations.noise(images, jax.random.key(3), 0.05),
     "jpeg": lambda images: perturbations.jpeg(images, 70),
     "resize": lambda images: perturbations.resize(images, 0.6),
+}
+
+# One name of every form in `FORMS`, and what it stands for on 16 x 18 pixels.
+NAMED = {
+    "blur-5": lambda images, rng, first: perturbations.blur(images, 5),
+    "crop-55": lambda images, rng, first: perturbations.crop(images, 14),  # 55/64 of 16: 13.75
+    "noise-0.05": lambda images, rng, first: perturbations.noise(images, rng, 0.05, first=first),
+    "jpeg-70": lambda images, rng, first: perturbations.jpeg(images, 70),
+    "resize-0.6": lambda images, rng, first: perturbations.resize(images, 0.6),
+    "combination": lambda images, rng, first: perturbations.combination(images, rng, first=first),
+    "none": lambda images, rng, first: images,
 }
 
 
@@ -139,6 +153,96 @@ def test_resize_keeps_a_pixel_at_least():
     assert (found == found[:, :1, :1]).all()
 
 
+@pytest.mark.parametrize("c", [1, 3])
+def test_combination_is_the_four_in_order_where_the_coins_of_the_index_say_so(c):
+    images = pictures(70, 16, 18, c)  # more than a batch
+    rng = jax.random.key(8)
+    strengths = {"kernel_size": 5, "size": 11, "std": 0.07, "quality": 60}
+    found = perturbations.combination(images, rng, first=3, **strengths)
+    rng_choice, rng_noise = jax.random.split(rng)
+    seen = set()
+    for i in (*range(30), 63, 64, 69):
+        image = images[i : i + 1]
+        choice = np.asarray(jax.random.bernoulli(jax.random.fold_in(rng_choice, 3 + i), shape=4))
+        seen.add(tuple(choice))
+        if choice[0]:
+            image = perturbations.blur(image, 5)
+        if choice[1]:
+            image = perturbations.crop(image, 11)
+        if choice[2]:
+            drawn = jax.random.normal(
+                jax.random.fold_in(rng_noise, 3 + i), image.shape[1:], np.float32
+            )
+            drawn = np.rint(np.asarray(drawn) * np.float32(0.07 * 255))
+            image = np.clip(image + drawn, 0, 255).astype(np.uint8)
+        if choice[3]:
+            image = perturbations.jpeg(image, 60)
+        np.testing.assert_array_equal(found[i], image[0])
+    assert len(seen) > 8
+
+
+def test_combination_tosses_fair_coins_and_has_the_papers_strengths():
+    num = 300
+    images = pictures(num, 16, 16, 1)
+    found = perturbations.combination(images, jax.random.key(1), std=0.0)
+    # Without noise what was done shows: exactly one of the eight ways gives the image found.
+    matches = []
+    for blurred, cropped, compressed in itertools.product((False, True), repeat=3):
+        edited = perturbations.blur(images, 3) if blurred else images
+        edited = perturbations.crop(edited, 14) if cropped else edited
+        edited = perturbations.jpeg(edited, 80) if compressed else edited
+        matches.append((edited == found).all(axis=(1, 2, 3)))
+    np.testing.assert_array_equal(np.sum(matches, axis=0), 1)
+    counts = np.sum(matches, axis=1)
+    assert (np.abs(counts - num / 8) < 5 * np.sqrt(num * 7 / 64)).all()
+    noisy = perturbations.combination(images, jax.random.key(1))
+    changed = (noisy != found).any(axis=(1, 2, 3))
+    assert abs(changed.sum() - num / 2) < 5 * np.sqrt(num / 4)
+    # ... whatever else happens to an image; its spread where nothing else did is 0.1.
+    assert all(0 < changed[match].mean() < 1 for match in matches)
+    difference = noisy[changed & matches[0]].astype(float) - found[changed & matches[0]]
+    inside = (found[changed & matches[0]] > 100) & (found[changed & matches[0]] < 155)
+    np.testing.assert_allclose(difference[inside].std(), 25.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_stands_for_its_function_also_in_pieces(name):
+    images, rng = pictures(70, 16, 18), jax.random.key(2)
+    found = perturbations.apply(name, images, rng)
+    np.testing.assert_array_equal(found, NAMED[name](images, rng, 0))
+    assert not np.shares_memory(found, images)
+    pieces = [
+        perturbations.apply(name, images[start:stop], rng, first=start)
+        for start, stop in ((0, 5), (5, 5), (5, 70))
+    ]
+    np.testing.assert_array_equal(np.concatenate(pieces), found)
+
+
+def test_every_form_has_a_name_here_and_is_parsed():
+    forms = [re.sub(r"-\d+\.\d+$", "-X", re.sub(r"-\d+$", "-N", name)) for name in NAMED]
+    assert forms == list(perturbations.FORMS)
+    assert perturbations.parse("blur-3") == ("blur", 3)
+    assert perturbations.parse("noise-0.1") == ("noise", 0.1)
+    assert perturbations.parse("none") == ("none", None)
+
+
+@pytest.mark.parametrize("side, kept", [(64, 55), (32, 28), (128, 110), (16, 14)])
+def test_a_crop_by_name_keeps_the_same_share_at_every_size(side, kept):
+    images = pictures(1, side, side + 2, 1)
+    found = perturbations.apply("crop-55", images, jax.random.key(0))
+    np.testing.assert_array_equal(found, perturbations.crop(images, kept))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "-", "blur", "blur-", "blur-3.5", "blur-x", "Blur-3", "jpeg80", "none-1", "combination-2"],
+)
+def test_an_unknown_name_is_told_what_there_is(name):
+    with pytest.raises(ValueError, match="blur-N, .*combination, none") as error:
+        perturbations.apply(name, pictures(), jax.random.key(0))
+    assert repr(name) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -155,6 +259,17 @@ def test_resize_keeps_a_pixel_at_least():
         (lambda x: perturbations.resize(x, 0.0), "factor=0.0"),
         (lambda x: perturbations.resize(x, float("inf")), "factor=inf"),
         (lambda x: perturbations.resize(x, 0.5, "nearest"), "bicubic"),
+        (lambda x: perturbations.noise(x, jax.random.key(0), 0.1, first=-1), "first=-1"),
+        (lambda x: perturbations.combination(x, jax.random.key(0), first=-1), "first=-1"),
+        (lambda x: perturbations.combination(x, jax.random.key(0), kernel_size=2), "odd"),
+        (lambda x: perturbations.combination(x[:0], jax.random.key(0), size=0), "1 to 21"),
+        (lambda x: perturbations.combination(x, jax.random.key(0), std=-1), "std=-1"),
+        (lambda x: perturbations.combination(x, jax.random.key(0), quality=0), "1 to 100"),
+        (lambda x: perturbations.apply("crop-65", x, jax.random.key(0)), "crop-65"),
+        (lambda x: perturbations.apply("crop-0", x, jax.random.key(0)), "crop-0"),
+        (lambda x: perturbations.apply("blur--3", x, jax.random.key(0)), "odd"),
+        (lambda x: perturbations.apply("noise-nan", x, jax.random.key(0)), "std=nan"),
+        (lambda x: perturbations.apply("none", x / np.float32(255), None), "uint8"),
         (lambda x: perturbations.blur(x / np.float32(255), 3), "uint8"),
         (lambda x: perturbations.jpeg(x[..., :2], 90), "uint8"),
         (lambda x: perturbations.crop(x[0], 5), r"\[n, h, w, c\]"),

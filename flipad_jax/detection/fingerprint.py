@@ -172,6 +172,7 @@ def _residuals_of_batch(images: jax.Array) -> jax.Array:
     # A constant is all approximation, so it may go first: what remains rounds less, and an image
     # of one colour becomes exactly zero.
     x = x - x[:, :1, :1]
+    weights = (_GREY if c == 3 else np.ones(1)).astype(np.float32)
     details = []
     for (rows, _), (columns, _) in levels:
         coefficients = _rows(_columns(x, columns), rows)
@@ -187,7 +188,7 @@ def _residuals_of_batch(images: jax.Array) -> jax.Array:
         bands = bands * _noise_share(bands**2, _NOISE_VARIANCE)
         bands = bands.reshape(3, c, n, tall, wide)
         # Grey here and not in the end: the transform back is linear, one instead of three.
-        details.append(sum(bands[:, i] * weight for i, weight in enumerate(_grey_weights(c))))
+        details.append(sum(bands[:, i] * weight for i, weight in enumerate(weights)))
     x = jnp.zeros((n, *x.shape[1:]), jnp.float32)
     # Four products and not one of a matrix of all bands: XLA would compute the gains once more for
     # every corner of it (measured on CPU: a quarter of the whole time).
@@ -197,10 +198,6 @@ def _residuals_of_batch(images: jax.Array) -> jax.Array:
         bottom = _columns(left, low) + _columns(corner, high)
         x = _rows(top, row_low) + _rows(bottom, row_high)
     return _fourier_wiener(x)
-
-
-def _grey_weights(num_channels: int) -> np.ndarray:
-    return (_GREY if num_channels == 3 else np.ones(1)).astype(np.float32)
 
 
 def residuals(images: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
@@ -266,7 +263,8 @@ def _as_read(images: np.ndarray, convention: str) -> np.ndarray:
 
 def _grey(images: np.ndarray) -> np.ndarray:
     """`[n, h, w, c]` uint8 -> `[n, h, w]` float64; an image of one colour is exactly zero."""
-    return (images - images[:, :1, :1].astype(np.float64)) @ _grey_weights(images.shape[-1])
+    weights = _GREY if images.shape[-1] == 3 else np.ones(1)
+    return (images - images[:, :1, :1].astype(np.float64)) @ weights
 
 
 def _standardised(x: np.ndarray) -> np.ndarray:
