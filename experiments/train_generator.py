@@ -8,6 +8,7 @@ checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,22 @@ import numpy as np
 from experiments._config import Run, setting
 from flipad_jax import data, report
 from flipad_jax.generators import sampling, training, zoo
+
+
+def _small(family, features, discriminator_features):
+    """Widths with which three generators train on a laptop; those of the zoo's."""
+    if family == "lsgan":
+        return (64,) * len(features), discriminator_features
+    inner = [64] * (len(discriminator_features) - 1)
+    return (128, *[64] * (len(features) - 1)), (*inner, 128)
+
+
+# Of a family, and the paper's widths of its two networks at this image size, makes those to train.
+_WIDTHS: dict[str, Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "paper": lambda family, features, discriminator_features: (features, discriminator_features),
+    "small": _small,
+    "tiny": lambda family, *networks: tuple((8,) * len(widths) for widths in networks),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +46,17 @@ class Config:
     seeds: tuple[int, ...] = setting((0,), "One model is trained per seed.", lower_bound=0)
     data_seed: int = setting(0, "Seed of the data split, the same for all models.", lower_bound=0)
     latent_dim: int = setting(64, "Dimension of the latent.", lower_bound=1)
-    features: tuple[int, ...] = setting((), "Generator widths, 4x4 upwards; () for the paper's.")
+    convention: str = setting(
+        "paper",
+        "Recipe of LSGAN and EBGAN: that of the text, or that of its published code.",
+        choices=training.CONVENTIONS,
+    )
+    widths: str = setting("paper", "Widths that are not named below.", choices=tuple(_WIDTHS))
+    features: tuple[int, ...] = setting(
+        (), "Generator widths, smallest map first; () for --widths."
+    )
     discriminator_features: tuple[int, ...] = setting(
-        (), "Discriminator widths, from the image inwards; () for the paper's."
+        (), "Discriminator widths, from the image inwards; () for --widths."
     )
     num_images: int = setting(0, "Training images; 0 for all there are.", lower_bound=0)
     num_steps: int = setting(2500, "Generator updates.", lower_bound=1)
@@ -41,13 +66,12 @@ class Config:
 
 PRESETS = {
     "smoke": {
-        "features": (8, 8, 8),
-        "discriminator_features": (8, 8, 8),
+        "widths": "tiny",
         "num_steps": 4,
         "batch_size": 8,
         "checkpoint_every": 2,
     },
-    "demo": {"features": (128, 64, 64), "discriminator_features": (64, 64, 128)},
+    "demo": {"widths": "small"},
     "paper": {"image_size": 64, "latent_dim": 100, "batch_size": 128, "num_steps": 50_000},
 }
 
@@ -76,6 +100,24 @@ def train(
         return training.train(gan, images, num_steps=num_steps, progress=progress, **options)
 
 
+def _gan(config, image_shape) -> training.Gan:
+    make = functools.partial(
+        zoo.make,
+        config.family,
+        image_shape,
+        latent_dim=config.latent_dim,
+        convention=config.convention,
+    )
+    paper = make()
+    features, discriminator_features = _WIDTHS[config.widths](
+        config.family, paper.generator.features, paper.discriminator.features
+    )
+    return make(
+        features=config.features or features,
+        discriminator_features=config.discriminator_features or discriminator_features,
+    )
+
+
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Train, save weights and samples; returns the files and the last losses per seed."""
     images = data.load(
@@ -85,12 +127,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         num_images=config.num_images or None,
         seed=config.data_seed,
     )
-    gan = zoo.FAMILIES[config.family](
-        images.shape[1:],
-        latent_dim=config.latent_dim,
-        features=config.features or None,
-        discriminator_features=config.discriminator_features or None,
-    )
+    gan = _gan(config, images.shape[1:])
     last: dict[str, list[float]] = {}
 
     def log(step, losses):
@@ -115,6 +152,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         generator = sampling.from_state(gan, training.take_seed(states, index))
         entry = {
             "family": config.family,
+            "convention": config.convention,
             "image_shape": list(gan.image_shape),
             "latent_dim": config.latent_dim,
             "features": list(gan.generator.features),

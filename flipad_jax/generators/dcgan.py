@@ -12,7 +12,7 @@ generator step per discriminator step. The discriminator sees real and generated
 batches, each normalised by its own statistics.
 """
 
-from typing import Any, Callable
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,6 @@ __all__ = ["Discriminator", "Generator", "dcgan", "default_features"]
 
 REAL_LABEL = 0.9
 FAKE_LABEL = 0.1
-
-
-def _scale_init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return 1.0 + 0.02 * jax.random.normal(rng, shape, dtype)
 
 
 def default_features(image_size: int) -> tuple[int, ...]:
@@ -57,7 +53,7 @@ class Generator(nn.Module):
     channels: int
     features: tuple[int, ...]
     kernel_init: Callable[..., jax.Array] = layers.normal_init
-    scale_init: Callable[..., jax.Array] = _scale_init
+    scale_init: Callable[..., jax.Array] = layers.scale_init
 
     def setup(self):
         first = layers.ConvTranspose(
@@ -89,7 +85,7 @@ class Discriminator(nn.Module):
         for i, width in enumerate(self.features):
             x = layers.Conv(width)(x)
             if i > 0:
-                x = layers.BatchNorm(_scale_init)(x, train=True)
+                x = layers.BatchNorm(layers.scale_init)(x, train=True)
             x = nn.leaky_relu(x, 0.2)
         return layers.Conv(1, stride=1, padding=0)(x)[:, 0, 0, 0]
 
@@ -105,7 +101,8 @@ def _discriminator_loss(discriminate, real, fake, rng):
     )
 
 
-def _generator_loss(discriminate, fake):
+def _generator_loss(discriminate, fake, rng):
+    del rng
     return _cross_entropy(discriminate(fake), REAL_LABEL)
 
 

@@ -11,6 +11,7 @@ derivatives.
 """
 
 import functools
+import math
 from typing import Any, Callable
 
 import jax
@@ -22,11 +23,15 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "ConvTranspose",
+    "Linear",
+    "UpsampledConv",
     "conv",
     "conv_transpose",
     "jit_for_one_run",
     "normal_init",
     "pytorch_init",
+    "scale_init",
+    "upsampled_conv",
 ]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -139,6 +144,29 @@ def _conv_backward(stride, padding, residuals, cotangent):
 conv.defvjp(_conv_forward, _conv_backward)
 
 
+def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Nearest upsampling x2, then a 3x3 convolution with stride 1 and padding 1.
+
+    Computed as the transposed convolution that the two make together (4x4, stride 2, padding 1): a
+    pixel is put down on 2 x 2 places, and of the window's nine weights those that meet the same
+    pixel are added first. That takes 4 products per output and channel instead of 9, and is 1.5 to
+    3 times faster on a CPU (forward and gradients).
+
+    Args:
+      x: `[n, h, w, c]`.
+      kernel: `[3, 3, c, k]`, as in `conv`.
+    Returns:
+      `[n, 2 h, 2 w, k]`.
+    """
+    # conv correlates and conv_transpose stamps, hence the flip.
+    flipped = kernel[::-1, ::-1]
+    places = [(0, 1), (1, 0)]
+    stamp = sum(
+        jnp.pad(flipped, (rows, cols, (0, 0), (0, 0))) for rows in places for cols in places
+    )
+    return conv_transpose(x, stamp, 2, 1)
+
+
 def jit_for_one_run(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit(function, **options)` for what runs once, as initialisation does.
 
@@ -169,6 +197,11 @@ def normal_init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     return 0.02 * jax.random.normal(rng, shape, dtype)
 
 
+def scale_init(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """N(1, 0.02), the DCGAN initialisation of the scales of batch normalisation."""
+    return 1.0 + 0.02 * jax.random.normal(rng, shape, dtype)
+
+
 @functools.cache
 def pytorch_init(fan_in_axis: int) -> Callable[..., jax.Array]:
     """PyTorch's default: uniform in +-1 / sqrt(fan in), where the fan in counts `fan_in_axis` and
@@ -183,6 +216,15 @@ def pytorch_init(fan_in_axis: int) -> Callable[..., jax.Array]:
         return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
     return init
+
+
+def _bias(module: nn.Module, features: int, fan_in: int) -> jax.Array:
+    """The parameter `bias`, `[features]`, with PyTorch's initialisation."""
+
+    def init(rng):
+        return jax.random.uniform(rng, (features,), jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+
+    return module.param("bias", init)
 
 
 class ConvTranspose(nn.Module):
@@ -202,37 +244,75 @@ class ConvTranspose(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias: `[n, h, w, c]` -> `[n, H, W, features]`."""
+    """Convolution, by default without bias: `[n, h, w, c]` -> `[n, H, W, features]`."""
 
     features: int
     kernel_size: int = 4
     stride: int = 2
     padding: int = 1
+    use_bias: bool = False
     kernel_init: Callable[..., jax.Array] = normal_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        return conv(x, kernel.astype(x.dtype), self.stride, self.padding)
+        x = conv(x, kernel.astype(x.dtype), self.stride, self.padding)
+        if self.use_bias:
+            x = x + _bias(self, self.features, math.prod(shape[:3])).astype(x.dtype)
+        return x
+
+
+class UpsampledConv(nn.Module):
+    """Nearest upsampling x2 and a 3x3 convolution without bias: `[n, h, w, c]` -> `[n, 2 h, 2 w,
+    features]`."""
+
+    features: int
+    kernel_init: Callable[..., jax.Array] = normal_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return upsampled_conv(x, kernel.astype(x.dtype))
+
+
+class Linear(nn.Module):
+    """Dense layer with bias and PyTorch's initialisation: `[n, d]` -> `[n, features]`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        bound = fan_in**-0.5
+        kernel = self.param(
+            "kernel",
+            lambda rng: jax.random.uniform(
+                rng, (fan_in, self.features), jnp.float32, -bound, bound
+            ),
+        )
+        bias = _bias(self, self.features, fan_in)
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation with PyTorch's constants: momentum 0.1 (0.9 in Flax's counting), eps
-    1e-5.
+    """Batch normalisation with PyTorch's constants: momentum 0.1 (0.9 in Flax's counting) and, by
+    default, eps 1e-5.
 
     Unlike PyTorch's, the running variance is the biased one (divides by n); over the 64 x 4 x 4
     values of the smallest layer here the two differ by a thousandth.
     """
 
     scale_init: Callable[..., jax.Array] = nn.initializers.ones
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=0.9,
-            epsilon=1e-5,
+            epsilon=self.epsilon,
             scale_init=self.scale_init,
             use_fast_variance=False,
         )(x)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from flipad_jax.generators import layers
 from flipad_jax.generators.training import Gan, GanState
 from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer
@@ -107,13 +108,21 @@ def generate(
 
 
 def final_layer(generator: TrainedGenerator) -> FinalLayer:
-    """The last layer of a DCGAN-like generator: transposed convolution without bias, tanh."""
-    kernel = jnp.asarray(generator.variables["params"]["last"]["kernel"])
-    height, width, _ = generator.image_shape
+    """The last layer: transposed convolution, or convolution of stride 1, its bias if there is one,
+    and tanh."""
     last = generator.module.bind(generator.variables).last
-    shape = (height // last.stride, width // last.stride, kernel.shape[2])
-    operator = linops.conv_transpose(kernel, shape, strides=last.stride, padding=last.padding)
-    return FinalLayer(operator=operator, activation="tanh")
+    params = generator.variables["params"]["last"]
+    kernel = jnp.asarray(params["kernel"])
+    height, width, _ = generator.image_shape
+    operator: linops.LinearOperator
+    if isinstance(last, layers.ConvTranspose):
+        shape = (height // last.stride, width // last.stride, kernel.shape[2])
+        operator = linops.conv_transpose(kernel, shape, strides=last.stride, padding=last.padding)
+    else:
+        shape = (height, width, kernel.shape[2])
+        operator = linops.conv(kernel, shape, strides=last.stride, padding=last.padding)
+    bias = jnp.asarray(params["bias"]) if "bias" in params else None
+    return FinalLayer(operator=operator, bias=bias, activation="tanh")
 
 
 def mean_activation(

@@ -19,9 +19,11 @@ from flipad_jax import checkpoints, data
 from flipad_jax.generators import layers
 
 __all__ = [
+    "CONVENTIONS",
     "Gan",
     "GanState",
     "Losses",
+    "check_convention",
     "init",
     "init_seeds",
     "step_all",
@@ -29,6 +31,18 @@ __all__ = [
     "train",
     "train_step",
 ]
+
+CONVENTIONS = ("paper", "reference")
+
+
+def check_convention(convention: str) -> None:
+    """Refuse what is neither "paper", the text of [P1], nor "reference", its published code.
+
+    Raises:
+      ValueError: for any other word.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention={convention!r}: choose from {', '.join(CONVENTIONS)}")
 
 
 class Gan(NamedTuple):
@@ -38,14 +52,18 @@ class Gan(NamedTuple):
       family: the name under which `flipad_jax.generators` finds it.
       generator: module, latents `[n, latent_dim]` -> images `[n, *image_shape]`; has a method
         `activation`.
-      discriminator: module, images -> one number each (or what the losses expect).
-      discriminator_loss: `(discriminate, real, fake, rng) -> scalar`.
-      generator_loss: `(discriminate, fake) -> scalar`.
+      discriminator: module, images -> one number each, or whatever the losses expect: any pytree.
+      discriminator_loss: `(discriminate, real, fake, rng) -> scalar`, see below.
+      generator_loss: `(discriminate, fake, rng) -> scalar`.
       optimizer: of both networks, each with a state of its own.
       discriminator_steps: discriminator updates per generator update; the last one shares its
         latents with the generator's.
       image_shape: `(h, w, c)`.
       latent_dim: dimension of the standard normal latent.
+
+    A loss sees whole batches, `[n, h, w, c]`, and may depend on n. `discriminate(images, rng=None)`
+    is the discriminator with the parameters of that moment; a discriminator with dropout needs
+    `rng`, a different one in each call. The loss gets its `rng` from the step, and splits it.
     """
 
     family: str
@@ -119,9 +137,14 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
     rng = jax.random.fold_in(state.rng, state.step + 1)
     batch_size = real.shape[1]
 
-    def discriminate(params, images):
+    def discriminate(params, images, rng=None):
         # Batch statistics always; "batch_stats" would be running averages, which nobody reads.
-        return gan.discriminator.apply({"params": params}, images, mutable=["batch_stats"])[0]
+        return gan.discriminator.apply(
+            {"params": params},
+            images,
+            mutable=["batch_stats"],
+            rngs=None if rng is None else {"dropout": rng},
+        )[0]
 
     def generate(params, batch_stats, rng):
         latents = jax.random.normal(rng, (batch_size, gan.latent_dim), jnp.float32)
@@ -170,7 +193,11 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
         discriminator, discriminator_opt, real[last], fake, loss_rng
     )
     generator_loss, image_grads = jax.value_and_grad(
-        lambda images: gan.generator_loss(functools.partial(discriminate, discriminator), images)
+        lambda images: gan.generator_loss(
+            functools.partial(discriminate, discriminator),
+            images,
+            jax.random.fold_in(rng, gan.discriminator_steps),
+        )
     )(fake)
     updates, generator_opt = gan.optimizer.update(
         pull_back(image_grads)[0], state.generator_opt, params

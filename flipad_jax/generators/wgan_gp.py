@@ -62,7 +62,8 @@ def _discriminator_loss(discriminate, real, fake, rng):
     return wasserstein + PENALTY * gradient_penalty(discriminate, real, fake, rng)
 
 
-def _generator_loss(discriminate, fake):
+def _generator_loss(discriminate, fake, rng):
+    del rng
     return -discriminate(fake).mean()
 
 

@@ -16,12 +16,41 @@ import numpy as np
 from flax import traverse_util
 
 from flipad_jax import files
-from flipad_jax.generators import dcgan, wgan_gp
+from flipad_jax.generators import dcgan, ebgan, lsgan, training, wgan_gp
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["FAMILIES", "load", "load_file", "names", "record", "save_file"]
+__all__ = ["FAMILIES", "load", "load_file", "make", "names", "record", "save_file"]
 
-FAMILIES = {"dcgan": dcgan.dcgan, "wgan_gp": wgan_gp.wgan_gp}
+FAMILIES = {
+    "dcgan": dcgan.dcgan,
+    "ebgan": ebgan.ebgan,
+    "lsgan": lsgan.lsgan,
+    "wgan_gp": wgan_gp.wgan_gp,
+}
+
+# Families of which text and published code tell two stories.
+_WITH_CONVENTION = ("ebgan", "lsgan")
+
+
+def make(
+    family: str, image_shape: tuple[int, int, int], *, convention: str = "paper", **options: Any
+) -> training.Gan:
+    """A model by the name of its family.
+
+    Args:
+      family: a key of `FAMILIES`.
+      image_shape: `(h, w, c)`.
+      convention: "paper" or "reference"; DCGAN and WGAN-GP are the same in both.
+      **options: `latent_dim`, `features`, `discriminator_features`, as the families take them.
+    Raises:
+      ValueError: for an unknown family or convention, or what the family itself refuses.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
+    training.check_convention(convention)
+    if family in _WITH_CONVENTION:
+        options["convention"] = convention
+    return FAMILIES[family](image_shape, **options)
 
 
 def _records() -> dict[str, Any]:
@@ -90,7 +119,8 @@ def save_file(
     Args:
       path: `.safetensors` file to write.
       generator: the model; its family and widths must be those of `entry`.
-      entry: at least `family`, `image_shape`, `latent_dim`, `features`; JSON-able.
+      entry: at least `family`, `image_shape`, `latent_dim`, `features`, and `convention` if it is
+        not "paper"; JSON-able.
     Returns:
       SHA-256 of the file.
     Raises:
@@ -112,11 +142,13 @@ def save_file(
 def _build(entry: Mapping[str, Any], content: bytes) -> TrainedGenerator:
     from safetensors.numpy import load as load_arrays
 
-    if entry["family"] not in FAMILIES:
-        raise ValueError(f"family {entry['family']!r} is unknown; there are {', '.join(FAMILIES)}")
     shape = tuple(entry["image_shape"])
-    gan = FAMILIES[entry["family"]](
-        shape, latent_dim=entry["latent_dim"], features=tuple(entry["features"])
+    gan = make(
+        entry["family"],
+        shape,
+        convention=entry.get("convention", "paper"),
+        latent_dim=entry["latent_dim"],
+        features=tuple(entry["features"]),
     )
     flat = {name: value.astype(np.float32) for name, value in load_arrays(content).items()}
     variables = traverse_util.unflatten_dict(flat, sep="/")
