@@ -26,26 +26,23 @@ RECIPES = ("paper", "small", "tiny")
 
 # [P1] E.1, (CelebA, LSUN): passes over the training images.
 _PAPER_EPOCHS = {"dcgan": (50, 10), "wgan_gp": (200, 10), "lsgan": (100, 10), "ebgan": (100, 5)}
-# What two cores train in minutes. By the side of the images: widths of the generator, of the
-# discriminator, steps.
-_SMALL = {
-    32: {
-        "dcgan": ((128, 64, 64), (64, 64, 128), 2500),
-        "wgan_gp": ((128, 64, 64), (64, 64, 128), 1000),
-    },
-    64: {
-        "dcgan": ((64, 64, 32, 32), (16, 32, 64, 64), 2500),
-        "wgan_gp": ((64, 64, 32, 32), (16, 32, 64, 64), 1000),
-    },
+# What two cores train in minutes: steps by family, and narrow networks where images are large.
+_SMALL_STEPS = {"dcgan": 2500, "wgan_gp": 1000, "lsgan": 1500, "ebgan": 1500}
+_SMALL_64 = {
+    "dcgan": ((64, 64, 32, 32), (16, 32, 64, 64)),
+    "wgan_gp": ((64, 64, 32, 32), (16, 32, 64, 64)),
+    "lsgan": ((64, 64, 32, 32), (16, 32, 64, 64, 64)),
+    "ebgan": ((64, 64, 32, 32), (16, 32, 64)),
 }
 
 
 class Recipe(NamedTuple):
-    """How a generator of a family is trained; widths None: the paper's."""
+    """How a generator of a family is trained; widths (): those that `widths` names."""
 
     latent_dim: int
-    features: tuple[int, ...] | None
-    discriminator_features: tuple[int, ...] | None
+    widths: str
+    features: tuple[int, ...]
+    discriminator_features: tuple[int, ...]
     num_steps: int
     batch_size: int
 
@@ -59,22 +56,16 @@ def recipe(name: str, family: str, dataset: str, image_size: int, num_images: in
       dataset: decides between the paper's epochs for CelebA (all others take these) and LSUN.
       image_size: side of the images.
       num_images: training images, which make epochs into steps.
-    Raises:
-      ValueError: for a side that the small recipe does not know.
     """
     if name == "paper":
         epochs = _PAPER_EPOCHS[family][dataset.startswith("lsun")]
-        model = zoo.FAMILIES[family]((image_size, image_size, 3))
+        model = zoo.make(family, (image_size, image_size, 3))
         per_epoch = max(num_images // (128 * model.discriminator_steps), 1)
-        return Recipe(100, None, None, epochs * per_epoch, 128)
+        return Recipe(100, "paper", (), (), epochs * per_epoch, 128)
     if name == "tiny":
-        widths = (8,) * ((image_size // 4).bit_length() - 1)
-        return Recipe(8, widths, widths, 2, 8)
-    if image_size not in _SMALL:
-        sizes = ", ".join(map(str, _SMALL))
-        raise ValueError(f"--recipe=small knows images of {sizes} pixels, not {image_size}")
-    features, discriminator_features, num_steps = _SMALL[image_size][family]
-    return Recipe(64, features, discriminator_features, num_steps, 64)
+        return Recipe(8, "tiny", (), (), 2, 8)
+    networks = _SMALL_64[family] if image_size == 64 else ((), ())
+    return Recipe(64, "small", *networks, _SMALL_STEPS[family], 64)
 
 
 def gan(settings: Any, family: str, shape: tuple[int, ...]) -> tuple[training.Gan, Recipe]:
@@ -84,6 +75,7 @@ def gan(settings: Any, family: str, shape: tuple[int, ...]) -> tuple[training.Ga
         family,
         shape[1:],
         latent_dim=chosen.latent_dim,
+        widths=chosen.widths,
         features=chosen.features,
         discriminator_features=chosen.discriminator_features,
         convention=settings.convention,
@@ -114,7 +106,7 @@ def _path(folder: Path, entry: dict[str, Any]) -> Path:
 def _in_zoo(entry: dict[str, Any]) -> TrainedGenerator | None:
     for name in zoo.names():
         known = zoo.record(name)
-        if all(known.get(key) == value for key, value in entry.items()):
+        if all(known[key] == value for key, value in entry.items()):
             return zoo.load(name)
     return None
 

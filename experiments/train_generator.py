@@ -41,9 +41,12 @@ class Config:
     """Settings of a training run."""
 
     family: str = setting("dcgan", "Architecture and recipe.", choices=tuple(sorted(zoo.FAMILIES)))
-    dataset: str = setting("digits", "digits, photos, or a folder of images; its training split.")
+    dataset: str = setting(
+        "digits", "digits, photos, a TFDS name, or a folder; its training split."
+    )
     image_size: int = setting(32, "Side of the images.", lower_bound=8)
     seeds: tuple[int, ...] = setting((0,), "One model is trained per seed.", lower_bound=0)
+    data_dir: str = setting("", "Where TFDS data sets lie; its default if empty.")
     data_seed: int = setting(0, "Seed of the data split, the same for all models.", lower_bound=0)
     latent_dim: int = setting(64, "Dimension of the latent.", lower_bound=1)
     convention: str = setting(
@@ -72,7 +75,13 @@ PRESETS = {
         "checkpoint_every": 2,
     },
     "demo": {"widths": "small"},
-    "paper": {"image_size": 64, "latent_dim": 100, "batch_size": 128, "num_steps": 50_000},
+    "paper": {
+        "dataset": "celeb_a",
+        "image_size": 64,
+        "latent_dim": 100,
+        "batch_size": 128,
+        "num_steps": 50_000,
+    },
 }
 
 
@@ -100,21 +109,67 @@ def train(
         return training.train(gan, images, num_steps=num_steps, progress=progress, **options)
 
 
-def _gan(config, image_shape) -> training.Gan:
+def gan(
+    family: str,
+    image_shape: tuple[int, ...],
+    *,
+    latent_dim: int,
+    convention: str,
+    widths: str,
+    features: tuple[int, ...] = (),
+    discriminator_features: tuple[int, ...] = (),
+) -> training.Gan:
+    """A model of named widths (`--widths`), each of which may be given instead."""
     make = functools.partial(
-        zoo.make,
+        zoo.make, family, image_shape, latent_dim=latent_dim, convention=convention
+    )
+    paper = make()
+    usual, discriminator_usual = _WIDTHS[widths](
+        family, paper.generator.features, paper.discriminator.features
+    )
+    return make(
+        features=features or usual,
+        discriminator_features=discriminator_features or discriminator_usual,
+    )
+
+
+def entry(
+    gan: training.Gan,
+    seed: int,
+    *,
+    dataset: str,
+    data_seed: int,
+    num_images: int,
+    num_steps: int,
+    batch_size: int,
+    convention: str,
+) -> dict[str, Any]:
+    """Everything that makes a generator what it is: what its file says of it."""
+    return {
+        "family": gan.family,
+        "convention": convention,
+        "image_shape": list(gan.image_shape),
+        "latent_dim": gan.latent_dim,
+        "features": list(gan.generator.features),
+        "discriminator_features": list(gan.discriminator.features),
+        "seed": seed,
+        "dataset": dataset,
+        "data_seed": data_seed,
+        "num_images": num_images,
+        "num_steps": num_steps,
+        "batch_size": batch_size,
+    }
+
+
+def _configured(config: Config, image_shape: tuple[int, ...]) -> training.Gan:
+    return gan(
         config.family,
         image_shape,
         latent_dim=config.latent_dim,
         convention=config.convention,
-    )
-    paper = make()
-    features, discriminator_features = _WIDTHS[config.widths](
-        config.family, paper.generator.features, paper.discriminator.features
-    )
-    return make(
-        features=config.features or features,
-        discriminator_features=config.discriminator_features or discriminator_features,
+        widths=config.widths,
+        features=config.features,
+        discriminator_features=config.discriminator_features,
     )
 
 
@@ -126,8 +181,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         image_size=config.image_size,
         num_images=config.num_images or None,
         seed=config.data_seed,
+        data_dir=config.data_dir or None,
     )
-    gan = _gan(config, images.shape[1:])
+    model = _configured(config, images.shape[1:])
     last: dict[str, list[float]] = {}
 
     def log(step, losses):
@@ -135,7 +191,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         record.log_metrics(step=step, **last)
 
     states = train(
-        gan,
+        model,
         images,
         record,
         f"{config.family}, seed {', '.join(map(str, config.seeds))}",
@@ -149,23 +205,20 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     files: dict[str, Any] = {}
     samples = {"training images": images}
     for index, seed in enumerate(config.seeds):
-        generator = sampling.from_state(gan, training.take_seed(states, index))
-        entry = {
-            "family": config.family,
-            "convention": config.convention,
-            "image_shape": list(gan.image_shape),
-            "latent_dim": config.latent_dim,
-            "features": list(gan.generator.features),
-            "seed": seed,
-            "dataset": config.dataset,
-            "data_seed": config.data_seed,
-            "num_steps": config.num_steps,
-            "batch_size": config.batch_size,
-            "discriminator_features": list(gan.discriminator.features),
-        }
+        generator = sampling.from_state(model, training.take_seed(states, index))
+        facts = entry(
+            model,
+            seed,
+            dataset=config.dataset,
+            data_seed=config.data_seed,
+            num_images=config.num_images,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            convention=config.convention,
+        )
         name = f"{seed}.safetensors"
-        entry["sha256"] = zoo.save_file(record.workdir / name, generator, entry)
-        files[name] = entry
+        facts["sha256"] = zoo.save_file(record.workdir / name, generator, facts)
+        files[name] = facts
         # Samples of the file, not of the state: its weights are rounded to float16.
         saved = zoo.load_file(record.workdir / name)
         samples[f"seed {seed}"] = sampling.generate(saved, jax.random.key(0), 24)
@@ -188,15 +241,10 @@ def plan(config: Config) -> list[Any]:
     from experiments import _plan
 
     images = _plan.training_images(config.dataset, config.image_size, config.num_images)
-    gan = zoo.FAMILIES[config.family](
-        images.shape[1:],
-        latent_dim=config.latent_dim,
-        features=config.features or None,
-        discriminator_features=config.discriminator_features or None,
-    )
+    model = _configured(config, images.shape[1:])
     return [
         _plan.gan_training(
-            gan,
+            model,
             config.batch_size,
             config.num_steps,
             len(config.seeds),
