@@ -14,6 +14,8 @@ from flipad_jax.detection.latent_inversion import (
     search,
     starts,
 )
+from flipad_jax.generators import sampling, zoo
+from flipad_jax.inception import Inception, InceptionV3
 
 RNG = jax.random.key(3)
 SHAPE, LATENT_DIM = (4, 3, 2), 5
@@ -90,12 +92,27 @@ def test_starts_are_normal_and_all_different():
     np.testing.assert_array_equal(few, z[7:9])
 
 
+def test_the_steps_are_adams():
+    """Kingma and Ba, algorithm 1, in float64; the gradient of the mean square by hand."""
+    rate, image = 0.03, IMAGES[:1]
+    z = np.asarray(starts(RNG, np.array([0]), np.array([0]), LATENT_DIM)[0], np.float64)
+    matrix = MATRIX.reshape(LATENT_DIM, -1).T.astype(np.float64)
+    mean = square = 0.0
+    for t in range(1, 31):
+        residual = matrix @ z + OFFSET.ravel() - image.ravel()
+        gradient = 2 * matrix.T @ residual / residual.size
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        z = z - rate * (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
+    config = LatentInversionConfig(num_steps=30, num_restarts=1, learning_rate=rate)
+    found = search(AFFINE, image, RNG, config)
+    np.testing.assert_allclose(found.latent[0], z, rtol=0, atol=1e-5)
+
+
 def test_the_steps_are_those_of_pytorchs_adam():
     torch = pytest.importorskip("torch")
     z = np.random.default_rng(1).standard_normal((5, LATENT_DIM)).astype(np.float32)
-    solver = latent_inversion.latent_inversion(
-        CURVED, perceptual.distance("l2"), learning_rate=np.float32(0.1)
-    )
+    solver = latent_inversion.latent_inversion(CURVED, perceptual.distance("l2"))
     state, update = solver.init(jnp.asarray(z)), jax.jit(solver.update)
     unknowns = [torch.tensor(row, requires_grad=True) for row in z]
     optimizers = [torch.optim.Adam([row], lr=0.1) for row in unknowns]
@@ -108,6 +125,39 @@ def test_the_steps_are_those_of_pytorchs_adam():
             optimizer.step()
         expected = np.stack([row.detach().numpy() for row in unknowns])
         np.testing.assert_allclose(state.z, expected, rtol=0, atol=1e-5, err_msg=f"{step=}")
+
+
+@pytest.mark.slow
+def test_the_distances_lower_what_they_are_called():
+    """Through a real network and a real generator, own images come nearer than they started."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        InceptionV3().init, jax.random.key(0), np.zeros((1, 75, 75, 3), np.float32)
+    )
+
+    def drawn(leaf):
+        if leaf.ndim == 1:
+            return np.full(leaf.shape, 1, np.float32)
+        scale = (2 / np.prod(leaf.shape[:3])) ** 0.5
+        return (scale * draw.standard_normal(leaf.shape)).astype(np.float32)
+
+    network = Inception(jax.tree.map(drawn, shapes), "torchvision")
+    generator = zoo.load("digits_dcgan_0")
+    own = sampling.generate(generator, RNG, 2)
+    for name, network in (("inception", network), ("ms_ssim", None), ("l2", None)):
+        first, last = (
+            search(
+                generator,
+                own,
+                RNG,
+                LatentInversionConfig(num_steps=steps, num_restarts=2, distance=name),
+                network=network,
+            )
+            for steps in (1, 40)
+        )
+        assert (last.distance < 0.5 * first.distance).all(), name
+        if name != "l2":
+            np.testing.assert_array_equal(score(last), last.distance)
 
 
 def test_init_and_update_make_the_same_state():
@@ -163,7 +213,7 @@ def test_a_start_that_diverges_does_not_count():
         ({"num_restarts": 0}, "num_restarts=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"distance": "lpips"}, "'lpips' is unknown; there are l2"),
+        ({"distance": "lpips"}, "'lpips' is unknown; there are l2, ms_ssim, inception"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -176,6 +226,12 @@ def test_bad_images_and_generators():
         search(AFFINE, IMAGES[:, :, 1:], RNG)
     with pytest.raises(ValueError, match="finite"):
         search(AFFINE, IMAGES * np.nan, RNG)
+    with pytest.raises(ValueError, match="needs network=inception.load"):
+        search(AFFINE, IMAGES, RNG, LatentInversionConfig(distance="inception"))
+    with pytest.raises(
+        ValueError, match=r"\[2, 4, 3, 2\], expected \[n, h, w, c\] with h, w >= 11"
+    ):
+        search(AFFINE, IMAGES, RNG, LatentInversionConfig(distance="ms_ssim"))
     with pytest.raises(ValueError, match="first=-1"):
         search(AFFINE, IMAGES, RNG, first=-1)
     flat = LatentGenerator(PARAMS, lambda params, z: affine(params, z).reshape(len(z), -1), 5)
