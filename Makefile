@@ -1,6 +1,7 @@
 # make run | test | lint: each makes what it needs in .venv and is quick when nothing changed.
 #   make run ARGS="--preset=smoke"       arguments for run.py
 #   make test ARGS="-k lasso"            arguments for pytest
+#   make test ARGS="-m slow"             the slow tests, which are left out otherwise
 #   make test PYTHON=python3.12          the interpreter that .venv is made with
 
 PYTHON ?= python3

@@ -24,7 +24,7 @@ import numpy as np
 from experiments import _generators, _plan
 from experiments._config import Run, setting
 from experiments._record import write_atomically
-from flipad_jax import __version__, data, metrics, perturbations, report
+from flipad_jax import __version__, data, inception, metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration, features, fingerprint, latent_inversion
 from flipad_jax.detection.attributor import AttributorConfig
@@ -124,7 +124,9 @@ class Settings:
     inversion_steps: int = setting(200, "SM-Inv: steps of Adam.", lower_bound=1)
     inversion_restarts: int = setting(3, "SM-Inv: starts per image.", lower_bound=1)
     perceptual: str = setting(
-        "ms_ssim", "SM-Inv's second distance: ms_ssim, or inception (needs its weights)."
+        "ms_ssim",
+        "SM-Inv's second distance: multi-scale SSIM, which is not the paper's, or inception.",
+        choices=("ms_ssim", "inception"),
     )
     inception_weights: str = setting("", "File of Inception-V3 weights, torchvision's names.")
     reuse: str = setting("", "Workdir of another run, whose fitted attributors are taken.")
@@ -454,6 +456,7 @@ def _score_latent_inversion(question: _Question) -> dict[str, np.ndarray]:
         num_restarts=settings.inversion_restarts,
         distance="l2" if question.method == "sm_inv_l2" else settings.perceptual,
     )
+    network = inception.load(settings.inception_weights) if config.distance == "inception" else None
     count = settings.inversion_images
     asked = {source: images[:count] for source, images in question.sources.items()}
     asked["calibration"] = question.own(count)
@@ -461,7 +464,7 @@ def _score_latent_inversion(question: _Question) -> dict[str, np.ndarray]:
     with question.record.progress(sum(map(len, asked.values())), METHODS[question.method]) as bar:
         for index, (source, images) in enumerate(asked.items()):
             rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(ours.seed), 6), index)
-            found = latent_inversion.search(ours.generator, images, rng, config)
+            found = latent_inversion.search(ours.generator, images, rng, config, network=network)
             scores[source] = latent_inversion.score(found)
             bar.update(len(images))
     scores["calibration"] = np.sort(scores["calibration"])

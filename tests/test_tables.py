@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from experiments import _attribution, _config, _paper
-from experiments import perturbed_samples, same_architecture, single_model_attribution
+from experiments import (
+    _attribution,
+    _config,
+    _paper,
+    perturbed_samples,
+    same_architecture,
+    single_model_attribution,
+)
 
 
 def run(workdir, experiment, *flags):

@@ -68,7 +68,7 @@ class FeatureRows:
         if self._array is not None:
             self._array[where] = rows
             return
-        content, offset = memoryview(rows).cast("B"), start * self._row_bytes
+        content, offset = rows.reshape(-1).data.cast("B"), start * self._row_bytes
         while content.nbytes:
             written = os.pwrite(self._file.fileno(), content, offset)
             content, offset = content[written:], offset + written
@@ -86,7 +86,7 @@ class FeatureRows:
         return rows
 
     def _read(self, into: np.ndarray, offset: int) -> None:
-        buffer = memoryview(into.reshape(-1)).cast("B")
+        buffer = into.reshape(-1).data.cast("B")
         while buffer.nbytes:
             count = os.preadv(self._file.fileno(), [buffer], offset)
             if count == 0:

@@ -257,7 +257,7 @@ def shift_length(differences: Iterable[np.ndarray | jax.Array]) -> ShiftLength:
 
 
 def _tail(delta: float) -> float:
-    """sqrt(log(1 / delta^2)): a normal number lies beyond so many sigma with probability < delta."""
+    """sqrt(log(1 / delta^2)), in sigma: a normal number is beyond it with probability < delta."""
     if not 0 < delta <= 1:
         raise ValueError(f"delta={delta}: expected above 0 and at most 1")
     return float(np.sqrt(-2 * np.log(delta)))

@@ -24,7 +24,7 @@ instead of starting again at theta_0.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def take_user(root: TrainedGenerator, state: KeyedState, index: int) -> TrainedG
 
 
 def _images(root: TrainedGenerator, params: Any, z: jax.Array) -> jax.Array:
-    return root.module.apply({**root.variables, "params": params}, z)
+    return cast(jax.Array, root.module.apply({**root.variables, "params": params}, z))
 
 
 def _latents(rng: jax.Array, state: KeyedState, root: TrainedGenerator, size: int):
@@ -247,11 +247,11 @@ def train(
     Raises:
       ValueError: for keys of another size or norm, or gammas that are not finite and positive.
     """
-    keys = _check(root, state, keys)
+    phi = _check(root, state, keys)
     gammas = np.asarray(gammas, np.float32)
-    if gammas.shape != (len(keys),) or not (np.isfinite(gammas).all() and (gammas > 0).all()):
-        raise ValueError(f"gammas {gammas}: expected {len(keys)} finite numbers above 0")
-    shifts = jnp.asarray(gammas)[:, None, None, None] * keys
+    if gammas.shape != (len(phi),) or not (np.isfinite(gammas).all() and (gammas > 0).all()):
+        raise ValueError(f"gammas {gammas}: expected {len(phi)} finite numbers above 0")
+    shifts = jnp.asarray(gammas)[:, None, None, None] * phi
     return _run(_match_one, _match_all, root, state, shifts, rng, config, (), progress)
 
 
@@ -276,8 +276,8 @@ def train_robust(
     Raises:
       ValueError: as for `train`.
     """
-    keys = _check(root, state, keys)
-    return _run(_resist_one, _resist_all, root, state, keys, rng, config, (perturb,), progress)
+    phi = _check(root, state, keys)
+    return _run(_resist_one, _resist_all, root, state, phi, rng, config, (perturb,), progress)
 
 
 class Searched(NamedTuple):
