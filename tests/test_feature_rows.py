@@ -1,4 +1,4 @@
-"""Rows in a file are read and written as rows in memory, and a detector learns the same from them."""
+"""Rows in a file are read and written as in memory, and a detector learns the same from them."""
 
 import jax
 import numpy as np
