@@ -108,7 +108,7 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
     ]
     paper = _paper.comparable(config, _paper.TABLE_3)
     if paper is not None:
-        rows = [[METHODS.get(m, m), *(paper[m].get(f) for f in config.families)] for m in paper]
+        rows = [[METHODS[m], *(paper[m].get(f) for f in config.families)] for m in paper]
         found.append(report.Table(["The paper's Table 3, %", *header[:-1]], rows))
     return found
 

@@ -113,8 +113,8 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
     )
     paper = _paper.comparable(config, _paper.TABLE_2)
     if paper is not None:
-        rows = [[METHODS.get(m, m), *(paper[m].get(f) for f in config.families)] for m in paper]
-        found.append(report.Table(["The paper's Table 2, %", *ours], rows))
+        theirs = [[METHODS[m], *(paper[m].get(f) for f in config.families)] for m in paper]
+        found.append(report.Table(["The paper's Table 2, %", *ours], theirs))
     return found
 
 

@@ -120,8 +120,9 @@ def gan(
     discriminator_features: tuple[int, ...] = (),
 ) -> training.Gan:
     """A model of named widths (`--widths`), each of which may be given instead."""
+    height, width, channels = image_shape
     make = functools.partial(
-        zoo.make, family, image_shape, latent_dim=latent_dim, convention=convention
+        zoo.make, family, (height, width, channels), latent_dim=latent_dim, convention=convention
     )
     paper = make()
     usual, discriminator_usual = _WIDTHS[widths](
