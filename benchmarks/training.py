@@ -2,6 +2,7 @@
 
     python benchmarks/training.py
     python benchmarks/training.py --size=64 --steps=dcgan,lsgan --batch_size=32 --repeats=3
+    taskset -c 1 python benchmarks/training.py          # on a machine that does other things too
 
 The GAN step is `training.step_all`, as `training.train` calls it: with 32 pixels a side the small
 recipes of the zoo (one channel), with 64 the paper's networks (three). PyTorch takes the same step:
@@ -10,9 +11,12 @@ used. The DeepSAD step is FLIPAD's encoder on activations of two sizes, 128 in a
 
 Prints a JSON line per step: seconds by the clock and of processor time (median of the repeats,
 compiled, warmed up, blocked on), and what PyTorch takes over what we take. The contenders take
-turns in one process and use the same number of threads. PyTorch runs in both memory formats of
-images; the ratio is to the faster one. On a machine that does other things too the processor time
-is what can be believed.
+turns in one process and use the same number of threads, one per core they may run on. PyTorch runs
+in both memory formats of images; the ratio is to the faster one.
+
+Only one thread, or a machine that does nothing else, makes a fair comparison: PyTorch's threads
+wait for one another in every layer, so that another process on one of the cores makes it five to
+ten times slower, in processor time too.
 """
 
 import json

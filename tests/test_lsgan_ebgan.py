@@ -225,7 +225,8 @@ def assert_same_with_gradients(ours, plain, x, kernel):
     chex.assert_trees_all_close(*both(x, kernel), atol=1e-11)
 
 
-def test_upsampled_convolution_and_its_gradients():
+def test_upsampled_convolution_and_its_gradients(monkeypatch):
+    monkeypatch.setattr(layers, "_PIECE", 300)  # one image of 6 x 8 x 5 at a time
     x, kernel = noise(0, 2, 3, 4, 2, dtype=np.float64), noise(1, 3, 3, 2, 5, dtype=np.float64)
     assert_same_with_gradients(
         layers.upsampled_conv,
@@ -237,11 +238,11 @@ def test_upsampled_convolution_and_its_gradients():
 
 # A window larger than the image, one that only leans out of it, and a batch in uneven pieces.
 @pytest.mark.parametrize(
-    "shape, window, positions",
-    [((3, 2, 3), (3, 5), 99), ((2, 2, 9), (5, 1), 99), ((5, 4, 5), (3, 5), 40)],
+    "shape, window, piece",
+    [((3, 2, 3), (3, 5), 99), ((2, 2, 9), (5, 1), 99), ((5, 4, 5), (3, 5), 130)],
 )
-def test_same_convolution_and_its_gradients(shape, window, positions, monkeypatch):
-    monkeypatch.setattr(layers, "_POSITIONS", positions)
+def test_same_convolution_and_its_gradients(shape, window, piece, monkeypatch):
+    monkeypatch.setattr(layers, "_PIECE", piece)
     x, kernel = noise(0, *shape, 2, dtype=np.float64), noise(1, *window, 2, 3, dtype=np.float64)
     assert_same_with_gradients(layers.same_conv, plain_conv, x, kernel)
     with pytest.raises(ValueError, match="odd"):

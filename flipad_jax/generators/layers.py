@@ -24,7 +24,6 @@ __all__ = [
     "Conv",
     "ConvTranspose",
     "Linear",
-    "SameConv",
     "UpsampledConv",
     "conv",
     "conv_transpose",
@@ -146,19 +145,42 @@ def _conv_backward(stride, padding, residuals, cotangent):
 conv.defvjp(_conv_forward, _conv_backward)
 
 
-# Positions that a piece of a kernel gradient sums over on a CPU, see `same_conv`.
-_POSITIONS = 2048
+# Entries of the operands of a kernel gradient beyond which it is taken in pieces: a mebibyte.
+_PIECE = 2**18
+
+
+def _kernel_gradient(convolve, kernel_shape, x, cotangent):
+    """Gradient of `convolve(x, kernel)`, linear in the kernel, summed over pieces of the batch.
+
+    XLA's CPU backend transposes both operands so that the batch comes last, and takes one product
+    over all positions of all images. As soon as they leave the cache, pieces are two to four times
+    faster.
+    """
+    size = x.shape[0]
+    if jax.default_backend() == "cpu":
+        size = max(1, size * _PIECE // max(x.size, cotangent.size, 1))
+    shape = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
+    gradients = [
+        jax.linear_transpose(functools.partial(convolve, x[i : i + size]), shape)(
+            cotangent[i : i + size]
+        )[0]
+        for i in range(0, x.shape[0], size)
+    ]
+    if len(gradients) == 1:
+        return gradients[0]
+    # A sum would become a chain of additions, fused into all that follows and computed anew there
+    # for every entry that is read; a product is computed once.
+    return jnp.tensordot(jnp.ones(len(gradients), x.dtype), jnp.stack(gradients), 1)
 
 
 def same_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution with stride 1 whose output has the size of its input, with gradients that are
     fast on a CPU too (`python benchmarks/training.py --steps=deepsad16,deepsad32` measures it).
 
-    Two things are slow in XLA's CPU backend. Where the window has more places than the image, it
-    exchanges the two and ends in a plain loop, twenty times slower: such a convolution is computed
-    as the dense product that it is. And it takes a kernel gradient as one product over the
-    positions of all images, whose operands leave the cache: summed up from pieces of the batch it
-    is two to four times faster. Reverse mode only, and only once.
+    Where the window has more places than the image, XLA's CPU backend exchanges the two and ends in
+    a plain loop, twenty times slower: such a convolution is computed as the dense product that it
+    is. Kernel gradients are taken in pieces, see `_kernel_gradient`. Reverse mode only, and only
+    once.
 
     Args:
       x: `[n, h, w, c]`.
@@ -178,12 +200,18 @@ def same_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _dense_same_conv(x, kernel):
     n, h, w, c = x.shape
-    places = [(size - 1,) * 2 for size in (h, w)]
-    padded = jnp.pad(kernel, (*places, (0, 0), (0, 0)))
-    # Output (i, j) sees input (a, b) through kernel[a - i + kh // 2, b - j + kw // 2].
-    top, left = (size // 2 + low for size, (low, _) in zip(kernel.shape, places))
-    seen = [padded[top - i :, left - j :][:h, :w] for i in range(h) for j in range(w)]
-    matrix = jnp.stack(seen, axis=3).reshape(h * w * c, -1)
+    matrix = kernel
+    # Output i sees input a through entry a - i + size // 2 of the kernel; first the rows, then the
+    # columns.
+    for axis, side in ((0, h), (2, w)):
+        middle = matrix.shape[axis] // 2 + side - 1
+        padding = [(side - 1,) * 2 if i == axis else (0, 0) for i in range(matrix.ndim)]
+        padded = jnp.pad(matrix, padding)
+        seen = [
+            lax.slice_in_dim(padded, middle - i, middle - i + side, axis=axis) for i in range(side)
+        ]
+        matrix = jnp.stack(seen, axis=axis + 1)
+    matrix = matrix.transpose(0, 2, 4, 1, 3, 5).reshape(h * w * c, -1)
     return (x.reshape(n, -1) @ matrix).reshape(n, h, w, -1)
 
 
@@ -203,14 +231,7 @@ def _same_conv_backward(residuals, cotangent):
     x, kernel = residuals
     # The adjoint of a convolution with stride 1 is one: the kernel turned, in and out exchanged.
     x_bar = _convolve_same(cotangent, kernel[::-1, ::-1].swapaxes(2, 3))
-    num, height, width, _ = x.shape
-    on_cpu = jax.default_backend() == "cpu"
-    size = max(1, _POSITIONS // (height * width)) if on_cpu else num
-    kernel_bar = jnp.zeros_like(kernel)
-    for i in range(0, num, size):
-        convolve = functools.partial(_convolve_same, x[i : i + size])
-        kernel_bar += jax.linear_transpose(convolve, kernel)(cotangent[i : i + size])[0]
-    return x_bar, kernel_bar
+    return x_bar, _kernel_gradient(_convolve_same, kernel.shape, x, cotangent)
 
 
 _same_conv.defvjp(_same_conv_forward, _same_conv_backward)
@@ -221,8 +242,9 @@ def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Computed as the transposed convolution that the two make together (4x4, stride 2, padding 1): a
     pixel is put down on 2 x 2 places, and of the window's nine weights those that meet the same
-    pixel are added first. That takes 4 products per output and channel instead of 9, and is 1.5 to
-    3 times faster on a CPU (forward and gradients).
+    pixel are added first. That takes 4 products per output and channel instead of 9. Its output in
+    turn is computed as that of a 2x2 convolution with four times the channels, for which no zeros
+    have to be put between the pixels. Reverse mode only, and only once.
 
     Args:
       x: `[n, h, w, c]`.
@@ -236,7 +258,40 @@ def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     stamp = sum(
         jnp.pad(flipped, (rows, cols, (0, 0), (0, 0))) for rows in places for cols in places
     )
-    return conv_transpose(x, stamp, 2, 1)
+    return _stamped(x, stamp)
+
+
+@jax.custom_vjp
+def _stamped(x, stamp):
+    """`conv_transpose(x, stamp, 2, 1)` for a stamp of 4 x 4."""
+    n, h, w, c = x.shape
+    features = stamp.shape[-1]
+    # Output row 2 b - 1 + q, q = 0 or 1, sees input row b - 1 + e through row 2 + q - 2 e of the
+    # stamp; columns alike.
+    packed = stamp.reshape(2, 2, 2, 2, c, features)[::-1, :, ::-1]
+    packed = packed.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, c, 4 * features)
+    blocks = lax.conv_general_dilated(x, packed, (1, 1), [(1, 1)] * 2, dimension_numbers=_NHWC)
+    blocks = blocks.reshape(n, h + 1, w + 1, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(n, 2 * h + 2, 2 * w + 2, features)[:, 1:-1, 1:-1]
+
+
+def _stamped_forward(x, stamp):
+    return _stamped(x, stamp), (x, stamp)
+
+
+def _stamped_backward(residuals, cotangent):
+    x, stamp = residuals
+
+    def down(y, kernel):
+        return lax.conv_general_dilated(y, kernel, (2, 2), [(1, 1)] * 2, dimension_numbers=_NHWC)
+
+    adjoint = stamp.swapaxes(2, 3)
+    # <stamp x, y> = <x, down(y, adjoint)>: the gradient at x on its right, at the stamp anywhere.
+    gradient = _kernel_gradient(down, adjoint.shape, cotangent, x)
+    return down(cotangent, adjoint), gradient.swapaxes(2, 3)
+
+
+_stamped.defvjp(_stamped_forward, _stamped_backward)
 
 
 def jit_for_one_run(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -316,7 +371,10 @@ class ConvTranspose(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, by default without bias: `[n, h, w, c]` -> `[n, H, W, features]`."""
+    """Convolution, by default without bias: `[n, h, w, c]` -> `[n, H, W, features]`.
+
+    One that keeps the size is `same_conv`, which knows no second derivatives.
+    """
 
     features: int
     kernel_size: int = 4
@@ -329,24 +387,14 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        x = conv(x, kernel.astype(x.dtype), self.stride, self.padding)
+        kernel = kernel.astype(x.dtype)
+        if self.stride == 1 and 2 * self.padding + 1 == self.kernel_size:
+            x = same_conv(x, kernel)
+        else:
+            x = conv(x, kernel, self.stride, self.padding)
         if self.use_bias:
             x = x + _bias(self, self.features, math.prod(shape[:3])).astype(x.dtype)
         return x
-
-
-class SameConv(nn.Module):
-    """Convolution without bias that keeps the size: `[n, h, w, c]` -> `[n, h, w, features]`."""
-
-    features: int
-    kernel_size: int = 5
-    kernel_init: Callable[..., jax.Array] = normal_init
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        return same_conv(x, kernel.astype(x.dtype))
 
 
 class UpsampledConv(nn.Module):
