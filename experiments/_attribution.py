@@ -114,15 +114,15 @@ class Settings:
         (16, 32, 64), "RawPAD's and DCTPAD's encoder.", lower_bound=1
     )
     num_with_impostors: int = setting(
-        14_000, "Own images for the one-class detector with impostors.", lower_bound=64
+        10_000, "Own images for the one-class detector with impostors.", lower_bound=64
     )
-    num_impostors: int = setting(12_288, "Images of impostors of ours.", lower_bound=64)
-    impostor_steps: int = setting(1000, "Training steps on those.", lower_bound=1)
+    num_impostors: int = setting(8192, "Images of impostors of ours.", lower_bound=64)
+    impostor_steps: int = setting(700, "Training steps on those.", lower_bound=1)
     inversion_images: int = setting(
-        40, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
+        24, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
     )
-    inversion_steps: int = setting(200, "SM-Inv: steps of Adam.", lower_bound=1)
-    inversion_restarts: int = setting(3, "SM-Inv: starts per image.", lower_bound=1)
+    inversion_steps: int = setting(150, "SM-Inv: steps of Adam.", lower_bound=1)
+    inversion_restarts: int = setting(2, "SM-Inv: starts per image.", lower_bound=1)
     perceptual: str = setting(
         "ms_ssim",
         "SM-Inv's second distance: multi-scale SSIM, which is not the paper's, or inception.",
@@ -166,6 +166,9 @@ PAPER: dict[str, Any] = {
     "epochs": 50,
     "activation_widths": ENCODER_WIDTHS["activations"],
     "pixel_widths": ENCODER_WIDTHS["pixels"],
+    "num_with_impostors": 15_000,
+    "num_impostors": 20_480,
+    "impostor_steps": 1800,
     "inversion_images": 1000,
     "inversion_steps": 1000,
     "inversion_restarts": 10,
