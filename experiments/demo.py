@@ -47,6 +47,10 @@ class Config:
     ours: str = setting(
         "digits_dcgan_0", "Generator of the zoo that is ours; the others are rivals."
     )
+    rivals: tuple[str, ...] = setting(
+        ("digits_dcgan_0", "digits_dcgan_1", "digits_dcgan_2", "digits_wgan_gp_0"),
+        "Generators of the zoo that are asked about; ours is left out of them.",
+    )
     retrain: bool = setting(False, "Train all generators anew by their recorded settings (hours).")
     images: str = setting("", "Folder of images to judge; by default one is made from the test.")
     fnr: float = setting(
@@ -146,9 +150,9 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Fit, test, draw, judge a folder; returns the metrics of results.json."""
-    names = zoo.names()
-    if config.ours not in names:
-        raise ValueError(f"--ours={config.ours} is not in the zoo: {', '.join(names)}")
+    names = config.rivals
+    for name in (config.ours, *names):
+        zoo.record(name)  # Refuses one that is not there, and says which there are.
     # Everything that can be wrong with the user's folder is found before minutes are spent.
     folder = None
     if config.images:
@@ -529,7 +533,8 @@ def plan(config: Config) -> list[_plan.Stage]:
     gan = _gan(entry)
     ours = _plan.abstract_generator(gan)
     layer = jax.eval_shape(sampling.final_layer, ours)
-    names, num_own = zoo.names(), config.num_generated
+    names = tuple(dict.fromkeys((config.ours, *config.rivals)))
+    num_own = config.num_generated
     num_tests = config.num_test * (len(names) + 1)  # own, every rival, real
     stages = []
     if config.retrain:
