@@ -133,7 +133,7 @@ def test_a_gap_that_float32_misses_is_found_in_float64():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--ours=digits_dcgan_9"], "no generator .digits_dcgan_9. in the zoo"),
+        (["--ours=digits_dcgan_9"], "no generator 'digits_dcgan_9' in the zoo"),
         (["--gaps=", "--iterations="], "nothing to compare"),
         (["--lams="], "nothing to compare"),
     ],
