@@ -50,6 +50,7 @@ def made(root, state, index, num=200):
     return sampling.generate(model, jax.random.fold_in(jax.random.key(7), index), num)
 
 
+@pytest.mark.slow
 def test_algorithm_1_makes_models_that_are_told_apart(root, data, keys, found):
     assert found.reached.all() and (found.distinguishability >= 1 - CONFIG.delta).all()
     d_max = attributability.extent(keys, [data[1]]).d_max
@@ -65,6 +66,7 @@ def test_algorithm_1_makes_models_that_are_told_apart(root, data, keys, found):
     assert (attributability.attribute(keys, data[1]).user == attributability.NOBODY).mean() > 0.95
 
 
+@pytest.mark.slow
 def test_the_error_of_eq_5_is_small_and_theorem_1_holds(root, keys, found, data):
     z = jax.random.normal(jax.random.key(9), (300, 4))
     root_images = root.module.apply(root.variables, z)
@@ -113,6 +115,7 @@ def test_a_user_does_not_depend_on_the_others(root, keys):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[0]), both.params, second.params)
 
 
+@pytest.mark.slow
 def test_robust_training_survives_what_it_saw(root, data, keys, found):
     blur = differentiable.strongest("blur")
     config = dataclasses.replace(CONFIG, num_steps=200, quality=1.0, robust_share=0.5)
@@ -130,6 +133,7 @@ def test_robust_training_survives_what_it_saw(root, data, keys, found):
     assert share(robust) > max(0.9, share(state))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_never_seen_is_reported(root, data, keys):
     config = dataclasses.replace(CONFIG, num_steps=1, max_rounds=2, learning_rate=1e-9)
     found = user_generators.search(root, keys, data[1], jax.random.key(2), config, num_images=50)
