@@ -261,12 +261,7 @@ def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenera
     images = data.load(
         entry["dataset"], split="train", image_size=entry["image_shape"][0], seed=entry["data_seed"]
     )
-    gan = zoo.FAMILIES[entry["family"]](
-        tuple(entry["image_shape"]),
-        latent_dim=entry["latent_dim"],
-        features=tuple(entry["features"]),
-        discriminator_features=tuple(entry["discriminator_features"]),
-    )
+    gan = _gan(entry)
     states = train_generator.train(
         gan,
         images,
@@ -600,8 +595,10 @@ def plan(config: Config) -> list[_plan.Stage]:
 
 def _gan(entry: dict[str, Any]) -> training.Gan:
     """The model that a record of the zoo describes."""
-    return zoo.FAMILIES[entry["family"]](
+    return zoo.make(
+        entry["family"],
         tuple(entry["image_shape"]),
+        convention=entry["convention"],
         latent_dim=entry["latent_dim"],
         features=tuple(entry["features"]),
         discriminator_features=tuple(entry["discriminator_features"]),
