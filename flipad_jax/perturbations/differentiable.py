@@ -160,7 +160,7 @@ def _zigzag() -> np.ndarray:
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """DCT coefficients `[n, rows, 8, columns, 8]` of a channel `[n, h, w]`, sides multiples of 8."""
+    """DCT coefficients `[n, rows, 8, columns, 8]` of a channel `[n, 8 rows, 8 columns]`."""
     n, h, w = x.shape
     blocks = x.reshape(n, h // 8, 8, w // 8, 8)
     return jnp.einsum("ka,lb,nraqb->nrkql", _DCT, _DCT, blocks, precision=_HIGHEST)
