@@ -533,10 +533,12 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
                 inverted += num_supervised + num_tests
             elif method == "one_class_impostors":
                 inverted += AttributorConfig.num_inverted + 2 * settings.num_calibration + num_tests
-                cells.append(_plan.impostor_images(ours, settings.num_impostors * num_cells))
+                made = _plan.impostor_images(ours, settings.num_impostors * num_cells)
+                cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
                 steps = ImpostorClassifierConfig(num_steps=settings.impostor_steps)
                 step = _plan.impostor_training(ours.image_shape, steps)
-                cells.append(step._replace(calls=step.calls * num_cells))
+                name = f"{FAMILY_NAMES[family]}, {step.name}"
+                cells.append(step._replace(name=name, calls=step.calls * num_cells))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(
