@@ -207,21 +207,45 @@ def test_ebgan_discriminator_against_pytorch():
     np.testing.assert_allclose(decoded, expected.transpose(0, 2, 3, 1), rtol=1e-3, atol=1e-4)
 
 
+def plain_conv(x, kernel):
+    padding = [(size // 2,) * 2 for size in kernel.shape[:2]]
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=dimensions)
+
+
+def assert_same_with_gradients(ours, plain, x, kernel):
+    expected = jax.eval_shape(plain, x, kernel)
+    y = noise(2, *expected.shape, dtype=np.float64)
+
+    @quick
+    def both(x, kernel):
+        pulled = (jax.vjp(f, x, kernel) for f in (ours, plain))
+        return [(value, pull_back(y)) for value, pull_back in pulled]
+
+    chex.assert_trees_all_close(*both(x, kernel), atol=1e-11)
+
+
 def test_upsampled_convolution_and_its_gradients():
     x, kernel = noise(0, 2, 3, 4, 2, dtype=np.float64), noise(1, 3, 3, 2, 5, dtype=np.float64)
+    assert_same_with_gradients(
+        layers.upsampled_conv,
+        lambda x, kernel: plain_conv(x.repeat(2, axis=1).repeat(2, axis=2), kernel),
+        x,
+        kernel,
+    )
 
-    def plain(x, kernel):
-        repeated = x.repeat(2, axis=1).repeat(2, axis=2)
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            repeated, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=dimensions
-        )
 
-    found, pull_back = jax.vjp(layers.upsampled_conv, x, kernel)
-    expected, expected_pull_back = jax.vjp(plain, x, kernel)
-    chex.assert_trees_all_close(found, expected, atol=1e-12)
-    y = noise(2, *found.shape, dtype=np.float64)
-    chex.assert_trees_all_close(pull_back(y), expected_pull_back(y), atol=1e-12)
+# A window larger than the image, one that only leans out of it, and a batch in uneven pieces.
+@pytest.mark.parametrize(
+    "shape, window, positions",
+    [((3, 2, 3), (3, 5), 99), ((2, 2, 9), (5, 1), 99), ((5, 4, 5), (3, 5), 40)],
+)
+def test_same_convolution_and_its_gradients(shape, window, positions, monkeypatch):
+    monkeypatch.setattr(layers, "_POSITIONS", positions)
+    x, kernel = noise(0, *shape, 2, dtype=np.float64), noise(1, *window, 2, 3, dtype=np.float64)
+    assert_same_with_gradients(layers.same_conv, plain_conv, x, kernel)
+    with pytest.raises(ValueError, match="odd"):
+        layers.same_conv(x, kernel[1:])
 
 
 @pytest.mark.parametrize("size, blocks", [(16, 3), (32, 4), (64, 5), (128, 5)])
