@@ -114,15 +114,15 @@ class Settings:
         (16, 32, 64), "RawPAD's and DCTPAD's encoder.", lower_bound=1
     )
     num_with_impostors: int = setting(
-        14_000, "Own images for the one-class detector with impostors.", lower_bound=64
+        10_000, "Own images for the one-class detector with impostors.", lower_bound=64
     )
-    num_impostors: int = setting(12_288, "Images of impostors of ours.", lower_bound=64)
-    impostor_steps: int = setting(1000, "Training steps on those.", lower_bound=1)
+    num_impostors: int = setting(8192, "Images of impostors of ours.", lower_bound=64)
+    impostor_steps: int = setting(700, "Training steps on those.", lower_bound=1)
     inversion_images: int = setting(
-        40, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
+        24, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
     )
-    inversion_steps: int = setting(200, "SM-Inv: steps of Adam.", lower_bound=1)
-    inversion_restarts: int = setting(3, "SM-Inv: starts per image.", lower_bound=1)
+    inversion_steps: int = setting(150, "SM-Inv: steps of Adam.", lower_bound=1)
+    inversion_restarts: int = setting(2, "SM-Inv: starts per image.", lower_bound=1)
     perceptual: str = setting(
         "ms_ssim",
         "SM-Inv's second distance: multi-scale SSIM, which is not the paper's, or inception.",
@@ -166,6 +166,9 @@ PAPER: dict[str, Any] = {
     "epochs": 50,
     "activation_widths": ENCODER_WIDTHS["activations"],
     "pixel_widths": ENCODER_WIDTHS["pixels"],
+    "num_with_impostors": 15_000,
+    "num_impostors": 20_480,
+    "impostor_steps": 1800,
     "inversion_images": 1000,
     "inversion_steps": 1000,
     "inversion_restarts": 10,
@@ -530,10 +533,12 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
                 inverted += num_supervised + num_tests
             elif method == "one_class_impostors":
                 inverted += AttributorConfig.num_inverted + 2 * settings.num_calibration + num_tests
-                cells.append(_plan.impostor_images(ours, settings.num_impostors * num_cells))
+                made = _plan.impostor_images(ours, settings.num_impostors * num_cells)
+                cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
                 steps = ImpostorClassifierConfig(num_steps=settings.impostor_steps)
                 step = _plan.impostor_training(ours.image_shape, steps)
-                cells.append(step._replace(calls=step.calls * num_cells))
+                name = f"{FAMILY_NAMES[family]}, {step.name}"
+                cells.append(step._replace(name=name, calls=step.calls * num_cells))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(

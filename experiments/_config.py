@@ -384,7 +384,7 @@ def execute(
                 "experiment": experiment,
                 "preset": preset,
                 "settings": dataclasses.asdict(config),
-                "convention": "paper",
+                "convention": getattr(config, "convention", "paper"),
                 "seed": getattr(config, "seed", None),
                 "versions": _versions(),
                 "device": _device(),

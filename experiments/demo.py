@@ -7,7 +7,7 @@ that nobody trained on: own ones, real ones, and those of rivals that differ fro
 more than the seed. Nothing of a rival is ever used before the test.
 
 Writes a table, figures, report.html, the fitted attributor (WORKDIR/attributor) and the verdicts on
-a folder of PNG files. Two cores: about five minutes; --preset=smoke: seconds.
+a folder of PNG files. Two cores: about four minutes; --preset=smoke: seconds.
 
     python run.py
     python run.py --images=FOLDER      # verdicts on one's own folder of 32x32 images
@@ -46,6 +46,10 @@ class Config:
     seed: int = setting(0, "Seed of everything random.", lower_bound=0)
     ours: str = setting(
         "digits_dcgan_0", "Generator of the zoo that is ours; the others are rivals."
+    )
+    rivals: tuple[str, ...] = setting(
+        ("digits_dcgan_0", "digits_dcgan_1", "digits_dcgan_2", "digits_wgan_gp_0"),
+        "Generators of the zoo that are asked about; ours is left out of them.",
     )
     retrain: bool = setting(False, "Train all generators anew by their recorded settings (hours).")
     images: str = setting("", "Folder of images to judge; by default one is made from the test.")
@@ -146,9 +150,9 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Fit, test, draw, judge a folder; returns the metrics of results.json."""
-    names = zoo.names()
-    if config.ours not in names:
-        raise ValueError(f"--ours={config.ours} is not in the zoo: {', '.join(names)}")
+    names = config.rivals
+    for name in (config.ours, *names):
+        zoo.record(name)  # Refuses one that is not there, and says which there are.
     # Everything that can be wrong with the user's folder is found before minutes are spent.
     folder = None
     if config.images:
@@ -257,12 +261,7 @@ def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenera
     images = data.load(
         entry["dataset"], split="train", image_size=entry["image_shape"][0], seed=entry["data_seed"]
     )
-    gan = zoo.FAMILIES[entry["family"]](
-        tuple(entry["image_shape"]),
-        latent_dim=entry["latent_dim"],
-        features=tuple(entry["features"]),
-        discriminator_features=tuple(entry["discriminator_features"]),
-    )
+    gan = _gan(entry)
     states = train_generator.train(
         gan,
         images,
@@ -529,7 +528,8 @@ def plan(config: Config) -> list[_plan.Stage]:
     gan = _gan(entry)
     ours = _plan.abstract_generator(gan)
     layer = jax.eval_shape(sampling.final_layer, ours)
-    names, num_own = zoo.names(), config.num_generated
+    names = tuple(dict.fromkeys((config.ours, *config.rivals)))
+    num_own = config.num_generated
     num_tests = config.num_test * (len(names) + 1)  # own, every rival, real
     stages = []
     if config.retrain:
@@ -595,8 +595,10 @@ def plan(config: Config) -> list[_plan.Stage]:
 
 def _gan(entry: dict[str, Any]) -> training.Gan:
     """The model that a record of the zoo describes."""
-    return zoo.FAMILIES[entry["family"]](
+    return zoo.make(
+        entry["family"],
         tuple(entry["image_shape"]),
+        convention=entry["convention"],
         latent_dim=entry["latent_dim"],
         features=tuple(entry["features"]),
         discriminator_features=tuple(entry["discriminator_features"]),

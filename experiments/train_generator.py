@@ -23,7 +23,7 @@ from flipad_jax.generators import sampling, training, zoo
 def _small(family, features, discriminator_features):
     """Widths with which three generators train on a laptop; those of the zoo's."""
     if family == "lsgan":
-        return (64,) * len(features), discriminator_features
+        return (64, 64, 32, 32), discriminator_features  # its last map is as large as the image
     inner = [64] * (len(discriminator_features) - 1)
     return (128, *[64] * (len(features) - 1)), (*inner, 128)
 

@@ -37,6 +37,10 @@ class Config:
 
     seed: int = setting(0, "Seed of everything random.", lower_bound=0)
     ours: str = setting("digits_dcgan_0", "Generator of the zoo that is ours.")
+    rivals: tuple[str, ...] = setting(
+        ("digits_dcgan_0", "digits_dcgan_1", "digits_dcgan_2", "digits_wgan_gp_0"),
+        "Generators of the zoo that are asked about; ours is left out of them.",
+    )
     num_generated: int = setting(2000, "Own images that are learned from.", lower_bound=400)
     num_test: int = setting(500, "Test images of every source.", lower_bound=8)
     num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
@@ -90,9 +94,9 @@ def _treatments(config: Config) -> Treatments:
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Fit, process, judge, count; returns the metrics of results.json."""
-    names = zoo.names()
-    if config.ours not in names:
-        raise ValueError(f"--ours={config.ours} is not in the zoo: {', '.join(names)}")
+    names = config.rivals
+    for name in (config.ours, *names):
+        zoo.record(name)  # Refuses one that is not there, and says which there are.
     ours = zoo.load(config.ours)
     treatments = _treatments(config)
     # Refused strengths are found before anything is computed.

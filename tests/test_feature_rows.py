@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import toy_model
 
 from flipad_jax import data
 from flipad_jax.detection import attributor, feature_rows
 from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.detection.deepsad import DeepSADConfig
 from flipad_jax.detection.feature_rows import FeatureRows
-from tests import toy_model
 
 
 @pytest.fixture(name="pair")

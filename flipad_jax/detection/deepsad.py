@@ -117,11 +117,12 @@ class DeepSADConfig:
 def _halve(x: jax.Array) -> jax.Array:
     """2x2 maximum of `[n, h, w, c]`, an odd last row or column left out.
 
-    A reshape instead of a window reduction, whose gradient is four to six times slower on a CPU.
+    Maxima of rows, then of columns: on a CPU the gradient of a window reduction is several times
+    slower, and that of one maximum over a reshaped array by a third to a half (32 and 16 pixels).
     """
-    n, h, w, c = x.shape
-    x = x[:, : h // 2 * 2, : w // 2 * 2]
-    return x.reshape(n, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x = jnp.maximum(x[:, 0:h:2], x[:, 1:h:2])
+    return jnp.maximum(x[:, :, 0:w:2], x[:, :, 1:w:2])
 
 
 # PyTorch's default for layers without bias: uniform in +-1/sqrt(fan_in).
@@ -148,16 +149,9 @@ class LeNet(nn.Module):
         With `train` BatchNorm uses the statistics of the batch and updates the collection
         "batch_stats".
         """
-        for width in self.widths:
-            x = nn.Conv(
-                width,
-                (5, 5),
-                padding=2,
-                use_bias=False,
-                kernel_init=_init_kernel,
-                dtype=jnp.float32,
-                param_dtype=jnp.float32,
-            )(x)
+        for i, width in enumerate(self.widths):
+            # Named as Flax names its own, for detectors that were saved.
+            x = layers.SameConv(width, 5, _init_kernel, name=f"Conv_{i}")(x)
             x = nn.BatchNorm(
                 use_running_average=not train,
                 momentum=0.9,

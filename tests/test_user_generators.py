@@ -1,0 +1,153 @@
+"""Keyed generators on an 8 x 8 root: the shift is learned, is seen, and survives a blur."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flipad_jax.generators import dcgan, sampling, training
+from flipad_jax.perturbations import differentiable
+from flipad_jax.registry import attributability, user_generators, user_keys
+from flipad_jax.registry.user_generators import KeyedConfig
+from flipad_jax.registry.user_keys import KeyConfig
+
+CONFIG = KeyedConfig(num_steps=120, batch_size=16, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module", name="root")
+def _root():
+    gan = dcgan.dcgan((8, 8, 1), latent_dim=4, features=(16,))
+    root = sampling.from_state(gan, training.init(gan, jax.random.key(3)))
+    # Weights of N(0, 0.02) draw grey: stronger ones draw pictures, a negative last layer dark ones.
+    params = jax.tree.map(lambda x: 8 * x if x.ndim == 4 else x, root.variables["params"])
+    params["last"]["kernel"] = -jnp.abs(params["last"]["kernel"])
+    return dataclasses.replace(root, variables={**root.variables, "params": params})
+
+
+@pytest.fixture(scope="module", name="data")
+def _data(root):
+    """Authentic images, those of the root itself: P_D = P_G0, as the theorems assume."""
+    return sampling.generate(root, jax.random.key(0), 400), sampling.generate(
+        root, jax.random.key(1), 400
+    )
+
+
+@pytest.fixture(scope="module", name="keys")
+def _keys(data):
+    config = KeyConfig(num_steps=150, batch_size=64, learning_rate=1e-2)
+    return user_keys.joint(jax.random.key(0), data[0], data[0], 2, config=config)
+
+
+@pytest.fixture(scope="module", name="found")
+def _found(root, data, keys):
+    return user_generators.search(root, keys, data[1], jax.random.key(2), CONFIG, num_images=200)
+
+
+def made(root, state, index, num=200):
+    model = user_generators.take_user(root, state, index)
+    return sampling.generate(model, jax.random.fold_in(jax.random.key(7), index), num)
+
+
+@pytest.mark.slow
+def test_algorithm_1_makes_models_that_are_told_apart(root, data, keys, found):
+    assert found.reached.all() and (found.distinguishability >= 1 - CONFIG.delta).all()
+    d_max = attributability.extent(keys, [data[1]]).d_max
+    # gamma is d_max times a power of alpha, d_max that of the data and the root's images.
+    assert (found.gammas >= d_max - 1e-6).all()
+    tables = [attributability.responses(keys, made(root, found.state, i)) for i in range(2)]
+    assert attributability.attributability(tables) > 0.95
+    real = attributability.responses(keys, data[0])
+    for i in range(2):
+        assert attributability.distinguishability(tables[i][:, i], real[:, i]) > 0.97
+    users = attributability.attribute(keys, made(root, found.state, 1)).user
+    assert (users == 1).mean() > 0.95
+    assert (attributability.attribute(keys, data[1]).user == attributability.NOBODY).mean() > 0.95
+
+
+@pytest.mark.slow
+def test_the_error_of_eq_5_is_small_and_theorem_1_holds(root, keys, found, data):
+    z = jax.random.normal(jax.random.key(9), (300, 4))
+    root_images = root.module.apply(root.variables, z)
+    for i in range(2):
+        model = user_generators.take_user(root, found.state, i)
+        shift = model.module.apply(model.variables, z) - root_images
+        error = shift - found.gammas[i] * keys[i]
+        assert np.linalg.norm(np.mean(error, axis=0)) < 0.5 * found.gammas[i]
+        statistics = attributability.error_statistics(keys, [np.asarray(error)])
+        d_max = attributability.extent(keys, [data[1]]).d_max[i]
+        needed = attributability.required_gamma(
+            d_max, statistics.std[i], statistics.mean[i], delta=0.5
+        )
+        if found.gammas[i] >= needed:
+            assert found.distinguishability[i] >= 0.75
+
+
+def test_all_users_in_one_program_are_users_one_by_one(root, keys):
+    state = user_generators.init(root, 2, CONFIG)
+    shifts = jnp.asarray(2 * keys)
+    together, losses = user_generators._match_all(root, state, shifts, jax.random.key(0), CONFIG)
+    for i in range(2):
+        own = jax.tree.map(lambda leaf: leaf[i], state)
+        alone, loss = user_generators._match_one(root, own, shifts[i], jax.random.key(0), CONFIG)
+        np.testing.assert_allclose(losses[i], loss, rtol=1e-4)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a[i], b, atol=2e-5),
+            together.params,
+            alone.params,
+        )
+
+
+def test_a_user_does_not_depend_on_the_others(root, keys):
+    few = dataclasses.replace(CONFIG, num_steps=3)
+    both, _ = user_generators.train(
+        root, user_generators.init(root, 2, few), keys, np.ones(2), jax.random.key(0), few
+    )
+    second, _ = user_generators.train(
+        root,
+        user_generators.init(root, 1, few, first=1),
+        keys[1:],
+        np.ones(1),
+        jax.random.key(0),
+        few,
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[0]), both.params, second.params)
+
+
+@pytest.mark.slow
+def test_robust_training_survives_what_it_saw(root, data, keys, found):
+    blur = differentiable.strongest("blur")
+    config = dataclasses.replace(CONFIG, num_steps=200, quality=1.0, robust_share=0.5)
+    state = found.state
+    robust, _ = user_generators.train_robust(root, state, keys, jax.random.key(5), config, blur)
+
+    def share(state):
+        hits = []
+        for i in range(2):
+            images = jnp.asarray(made(root, state, i) / 127.5 - 1, jnp.float32)
+            blurred = np.asarray(blur(jax.random.key(0), images))
+            hits.append((attributability.responses(keys, blurred)[:, i] > 0).mean())
+        return np.mean(hits)
+
+    assert share(robust) > max(0.9, share(state))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_never_seen_is_reported(root, data, keys):
+    config = dataclasses.replace(CONFIG, num_steps=1, max_rounds=2, learning_rate=1e-9)
+    found = user_generators.search(root, keys, data[1], jax.random.key(2), config, num_images=50)
+    assert not found.reached.any() and (found.rounds == 2).all()
+    np.testing.assert_allclose(found.distinguishability, 0.5, atol=0.05)
+
+
+def test_mistakes_are_named(root, keys):
+    state = user_generators.init(root, 2, CONFIG)
+    with pytest.raises(ValueError, match="one per user"):
+        user_generators.train(root, state, keys[:, :4], np.ones(2), jax.random.key(0), CONFIG)
+    with pytest.raises(ValueError, match="above 0"):
+        user_generators.train(root, state, keys, np.zeros(2), jax.random.key(0), CONFIG)
+    with pytest.raises(ValueError, match="norm"):
+        user_generators.train(root, state, 2 * keys, np.ones(2), jax.random.key(0), CONFIG)
+    with pytest.raises(ValueError, match="alpha"):
+        KeyedConfig(alpha=1.0)
