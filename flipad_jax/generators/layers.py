@@ -24,6 +24,7 @@ __all__ = [
     "Conv",
     "ConvTranspose",
     "Linear",
+    "SameConv",
     "UpsampledConv",
     "conv",
     "conv_transpose",
@@ -395,6 +396,20 @@ class Conv(nn.Module):
         if self.use_bias:
             x = x + _bias(self, self.features, math.prod(shape[:3])).astype(x.dtype)
         return x
+
+
+class SameConv(nn.Module):
+    """Convolution without bias that keeps the size: `[n, h, w, c]` -> `[n, h, w, features]`."""
+
+    features: int
+    kernel_size: int = 5
+    kernel_init: Callable[..., jax.Array] = normal_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return same_conv(x, kernel.astype(x.dtype))
 
 
 class UpsampledConv(nn.Module):
