@@ -127,9 +127,7 @@ def _write_page(config, record, results, samples) -> None:
         columns = _columns(cells, method, "mean_accuracy")
         accuracy[METHODS[method]] = {k: float(np.mean(v)) for k, v in columns.items()}
         intervals[METHODS[method]] = {k: (min(v), max(v)) for k, v in columns.items()}
-    chart = report.accuracy_chart(
-        accuracy, intervals=intervals, interval_name="smallest and largest of the repeats"
-    )
+    chart = report.accuracy_chart(accuracy, intervals=intervals, interval_name="range of repeats")
     report.save_figure(chart, record.figures / "accuracy.png")
     best = max(config.methods, key=lambda m: accuracy[METHODS[m]]["average"])
     sections = [
