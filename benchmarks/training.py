@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from flipad_jax import conventions
 from flipad_jax.detection import deepsad
 from flipad_jax.generators import training, zoo
 
@@ -36,7 +37,7 @@ STEPS = (*zoo.FAMILIES, "deepsad16", "deepsad32")
 _STEPS = flags.DEFINE_list("steps", list(STEPS), f"Which: {', '.join(STEPS)}.")
 _SIZE = flags.DEFINE_enum("size", "32", ["32", "64"], "Side of a GAN's images.")
 _CONVENTION = flags.DEFINE_enum(
-    "convention", "reference", list(training.CONVENTIONS), "Recipe of LSGAN and EBGAN."
+    "convention", "reference", list(conventions.CONVENTIONS), "Recipe of LSGAN and EBGAN."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images in a GAN's batch.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed steps of each contender.", lower_bound=1)

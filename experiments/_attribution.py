@@ -6,7 +6,7 @@ calibration images and test images of a generator are parts of one stream that d
 image of a rival is used before the test.
 
 A repeat is one seed: generators that were trained from that seed, images drawn from it, detectors
-initialised by it. Tables give the mean over repeats and the half-width of its 95 % interval (t).
+initialised by it.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ import numpy as np
 
 from experiments import _generators, _plan
 from experiments._config import Run, setting
+from experiments._generators import FAMILY_NAMES
 from experiments._record import write_atomically
-from flipad_jax import __version__, data, inception, metrics, perturbations, report
+from flipad_jax import __version__, conventions, data, inception, metrics, perturbations
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration, features, fingerprint, latent_inversion
 from flipad_jax.detection.attributor import AttributorConfig
@@ -39,20 +40,21 @@ __all__ = [
     "METHODS",
     "PAPER",
     "SMOKE",
-    "Cell",
+    "SOURCES_PAPER",
+    "SOURCES_SMOKE",
     "Model",
     "Settings",
+    "Sources",
     "cell",
     "check",
-    "mean_text",
+    "check_once",
     "model",
+    "plan",
+    "real_images",
     "settings_text",
-    "source_names",
+    "sources_text",
     "tests",
 ]
-
-FAMILIES = ("dcgan", "wgan_gp", "lsgan", "ebgan")
-FAMILY_NAMES = {"dcgan": "DCGAN", "wgan_gp": "WGAN-GP", "lsgan": "LSGAN", "ebgan": "EBGAN"}
 
 # method -> shown name; the order of the paper's tables, ours last
 METHODS = {
@@ -69,8 +71,8 @@ _FEATURES = {"rawpad": "pixels", "dctpad": "dct", "flipad": "activations"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings that the experiments about several generators share."""
+class Sources:
+    """Settings of all experiments about several generators: which, their images, the inversion."""
 
     seeds: tuple[int, ...] = setting(
         (0, 1, 2), "Repeats: generators, images and detectors of each seed.", lower_bound=0
@@ -80,7 +82,7 @@ class Settings:
     data_seed: int = setting(0, "Seed of the data split, the same for all models.", lower_bound=0)
     image_size: int = setting(32, "Side of the images.", lower_bound=8)
     families: tuple[str, ...] = setting(
-        FAMILIES, "Architectures, each in turn ours.", choices=FAMILIES
+        tuple(FAMILY_NAMES), "Architectures, each in turn ours.", choices=tuple(FAMILY_NAMES)
     )
     recipe: str = setting(
         "small", "How generators are trained: paper, small or tiny.", choices=_generators.RECIPES
@@ -88,19 +90,12 @@ class Settings:
     convention: str = setting(
         "paper",
         "Where the paper's text and code disagree (GAN recipes, DeepSAD's features).",
-        choices=("paper", "reference"),
+        choices=conventions.CONVENTIONS,
     )
     generators: str = setting("runs/generators", "Folder that keeps trained generators.")
     num_gan_images: int = setting(
         0, "Images that the generators are trained on; 0: all.", lower_bound=0
     )
-    methods: tuple[str, ...] = setting(tuple(METHODS), "Rows.", choices=tuple(METHODS))
-    fnr: float = setting(
-        0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
-    )
-    num_own: int = setting(1500, "Own images that a detector learns.", lower_bound=64)
-    num_real: int = setting(1500, "Real images that DeepSAD learns.", lower_bound=8)
-    num_calibration: int = setting(500, "Own images that set the threshold.", lower_bound=20)
     num_test: int = setting(500, "Test images of every source.", lower_bound=8)
     num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
     lam: float = setting(5e-4, "Lasso weight (half of the paper's lambda).", lower_bound=0.0)
@@ -108,6 +103,19 @@ class Settings:
         0.0, "Relative duality gap of every inversion; 0: all take max_iters.", lower_bound=0.0
     )
     max_iters: int = setting(30, "FISTA iterations (at most, if tol is not 0).", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Sources):
+    """Settings of the tables: those of the sources, and those of the methods."""
+
+    methods: tuple[str, ...] = setting(tuple(METHODS), "Rows.", choices=tuple(METHODS))
+    fnr: float = setting(
+        0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
+    )
+    num_own: int = setting(1500, "Own images that a detector learns.", lower_bound=64)
+    num_real: int = setting(1500, "Real images that DeepSAD learns.", lower_bound=8)
+    num_calibration: int = setting(500, "Own images that set the threshold.", lower_bound=20)
     epochs: int = setting(6, "Epochs of DeepSAD.", lower_bound=1)
     activation_widths: tuple[int, ...] = setting((32, 64, 32), "FLIPAD's encoder.", lower_bound=1)
     pixel_widths: tuple[int, ...] = setting(
@@ -132,16 +140,20 @@ class Settings:
     reuse: str = setting("", "Workdir of another run, whose fitted attributors are taken.")
 
 
-SMOKE: dict[str, Any] = {
+SOURCES_SMOKE: dict[str, Any] = {
     "seeds": (0, 1),
     "families": ("dcgan", "lsgan"),
+    "num_test": 24,
+    "num_mean": 256,
+    "max_iters": 10,
+}
+
+SMOKE: dict[str, Any] = {
+    **SOURCES_SMOKE,
     "fnr": 0.05,
     "num_own": 160,
     "num_real": 96,
     "num_calibration": 60,
-    "num_test": 24,
-    "num_mean": 256,
-    "max_iters": 10,
     "epochs": 1,
     "activation_widths": (8, 8),
     "pixel_widths": (8, 8),
@@ -153,16 +165,20 @@ SMOKE: dict[str, Any] = {
     "inversion_restarts": 2,
 }
 
-PAPER: dict[str, Any] = {
+SOURCES_PAPER: dict[str, Any] = {
     "dataset": "celeb_a",
     "image_size": 64,
     "recipe": "paper",
     "seeds": (1, 2, 3, 4, 5),
+    "num_test": 1000,
+    "max_iters": 1000,
+}
+
+PAPER: dict[str, Any] = {
+    **SOURCES_PAPER,
     "num_own": 10_000,
     "num_real": 10_000,
     "num_calibration": 1000,
-    "num_test": 1000,
-    "max_iters": 1000,
     "epochs": 50,
     "activation_widths": ENCODER_WIDTHS["activations"],
     "pixel_widths": ENCODER_WIDTHS["pixels"],
@@ -210,12 +226,16 @@ class _Question(NamedTuple):
         return self.treated(sampling.generate(self.ours.generator, _own_rng(self.ours), count), 0)
 
 
-class Cell(NamedTuple):
-    """Scores of one method on one generator's question, and what they come to."""
+def check_once(settings: Any, *names: str) -> None:
+    """Refuse settings that hold nothing, or a value twice.
 
-    scores: dict[str, np.ndarray]  # by source, "own" among them
-    threshold: float
-    summary: dict[str, Any]  # of `metrics.summary`
+    Raises:
+      ValueError: naming the setting.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"--{name}={','.join(map(str, values))}: give each one once")
 
 
 def check(settings: Settings) -> None:
@@ -224,10 +244,7 @@ def check(settings: Settings) -> None:
     Raises:
       ValueError: for doubled seeds, families or methods, or sizes that contradict each other.
     """
-    for name in ("seeds", "families", "methods"):
-        values = getattr(settings, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{name}={','.join(map(str, values))}: give each one once")
+    check_once(settings, "seeds", "families", "methods")
     if settings.num_with_impostors < 2 * settings.num_calibration + 64:
         raise ValueError(
             f"--num_with_impostors={settings.num_with_impostors}: two parts of "
@@ -237,7 +254,7 @@ def check(settings: Settings) -> None:
         raise ValueError("--perceptual=inception needs --inception_weights=FILE")
 
 
-def model(settings: Settings, record: Run, family: str, seed: int, generator) -> Model:
+def model(settings: Sources, record: Run, family: str, seed: int, generator) -> Model:
     """A generator as ours, its mean activation computed once per run."""
     rng = jax.random.fold_in(jax.random.key(seed), 0)
     z_bar = record.stage(
@@ -248,20 +265,11 @@ def model(settings: Settings, record: Run, family: str, seed: int, generator) ->
     return Model(family, seed, generator, sampling.final_layer(generator), z_bar)
 
 
-def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Shown names of sources: "dcgan-0" is "DCGAN 0", "real" stays."""
-    shown = {}
-    for source in sources:
-        family, _, seed = source.partition("-")
-        shown[source] = f"{FAMILY_NAMES[family]} {seed}" if seed else source
-    return shown
-
-
 def _own_rng(ours: Model) -> jax.Array:
     return jax.random.fold_in(jax.random.key(ours.seed), 1)
 
 
-def real_images(settings: Settings, split: str, count: int) -> np.ndarray:
+def real_images(settings: Sources, split: str, count: int) -> np.ndarray:
     """Real images of a split."""
     return data.load(
         settings.dataset,
@@ -274,10 +282,12 @@ def real_images(settings: Settings, split: str, count: int) -> np.ndarray:
 
 
 def tests(
-    settings: Settings, ours: Model, rivals: Mapping[str, TrainedGenerator]
+    settings: Sources, ours: Model, rivals: Mapping[str, TrainedGenerator]
 ) -> dict[str, np.ndarray]:
     """Test images by source: "own", "real" and the rivals, `num_test` of each."""
-    first = max(settings.num_own + settings.num_calibration, settings.num_with_impostors)
+    first = 0
+    if isinstance(settings, Settings):  # Own images before are learned from.
+        first = max(settings.num_own + settings.num_calibration, settings.num_with_impostors)
     found = {
         "own": sampling.generate(ours.generator, _own_rng(ours), settings.num_test, first=first),
         "real": real_images(settings, "test", settings.num_test),
@@ -321,7 +331,7 @@ def cell(
     *,
     perturbation: str = "none",
     immunized: bool = True,
-) -> Cell:
+) -> dict[str, Any]:
     """Fit a method to our generator and score images of all sources: a stage of the run.
 
     Args:
@@ -332,9 +342,11 @@ def cell(
       perturbation: what happens to the images, see `perturbations.apply`.
       immunized: whether it happens to the images that are learned from, too, or to test images
         only.
+    Returns:
+      `metrics.summary` of the scores, and the seconds that it took.
     """
     name = f"{method}-{ours.name}" + ("" if perturbation == "none" else f"-{perturbation}")
-    text = f"{METHODS[method]}, ours is {source_names([ours.name])[ours.name]}"
+    text = f"{METHODS[method]}, ours is {FAMILY_NAMES[ours.family]} {ours.seed}"
     if perturbation != "none":
         text += f", {perturbation}" + ("" if immunized else " of test images only")
 
@@ -351,8 +363,7 @@ def cell(
     threshold = calibration.threshold(arrays["calibration"], settings.fnr)
     rivals = {source: arrays[source] for source in sources if source != "own"}
     found = metrics.summary(arrays["own"], rivals, threshold)
-    found["seconds"] = record.seconds[name]
-    return Cell({"own": arrays["own"], **rivals}, threshold, found)
+    return {**found, "seconds": record.seconds[name]}
 
 
 def _perturbed(perturbation: str, images: np.ndarray, ours: Model, index: int) -> np.ndarray:
@@ -370,7 +381,7 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     config = _attributor_config(method, settings, count)
     made_by = _made_by(question, config, count)
     path = question.record.workdir / "attributors" / question.name
-    fitted = _kept(settings.reuse, question.name, made_by)
+    fitted = _kept(settings.reuse, question, made_by)
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
         if fitted is None:
@@ -392,7 +403,10 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
                 progress=progress,
             )
         bundle.save(fitted, path)
-        write_atomically(path.with_name(f"{question.name}.json"), made_by)
+        facts = {**made_by, "commit": question.record.commit}
+        write_atomically(
+            path.with_name(f"{question.name}.json"), json.dumps(facts, indent=1) + "\n"
+        )
         seconds = time.monotonic() - start
         scores = {
             source: attribution.score_with_info(fitted, images, progress=progress).score
@@ -405,16 +419,16 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     }
 
 
-def _made_by(question: _Question, config: AttributorConfig, count: int) -> str:
-    """Everything that an attributor depends on, as text: equal text, equal attributor."""
+def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[str, Any]:
+    """Everything that an attributor depends on but the code: equal facts, equal attributor."""
     settings, ours = question.settings, question.ours
     digest = hashlib.sha256(ours.z_bar.tobytes())
     for leaf in jax.tree.leaves(ours.generator):
         digest.update(np.asarray(leaf).tobytes())
-    facts = {
+    return {
         "version": __version__,
         "method": question.method,
-        "config": dataclasses.asdict(config),
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),  # Tuples as they come back.
         "generator": digest.hexdigest(),
         "seed": ours.seed,
         "num_images": count,
@@ -422,17 +436,25 @@ def _made_by(question: _Question, config: AttributorConfig, count: int) -> str:
         "num_impostors": settings.num_impostors,
         "treatment": question.treatment,
     }
-    return json.dumps(facts, sort_keys=True, indent=1) + "\n"
 
 
-def _kept(workdir: str, name: str, made_by: str) -> attribution.Attributor | None:
+def _kept(
+    workdir: str, question: _Question, made_by: dict[str, Any]
+) -> attribution.Attributor | None:
     """The attributor of another run, if there is one and it was made by the same settings."""
-    if not workdir:
+    path = Path(workdir) / "attributors" / question.name
+    try:
+        facts = json.loads(path.with_name(f"{question.name}.json").read_text())
+    except (OSError, json.JSONDecodeError):  # None was made, or its run was killed before the end.
         return None
-    path = Path(workdir) / "attributors" / name
-    facts = path.with_name(f"{name}.json")
-    if not path.is_dir() or not facts.exists() or facts.read_text() != made_by:
+    commit = facts.pop("commit", None)
+    if not workdir or facts != made_by:
         return None
+    if commit != question.record.commit:
+        question.record.warn(
+            f"the attributor {question.name} was fitted by commit {commit}, this is "
+            f"{question.record.commit}"
+        )
     return bundle.load(path)
 
 
@@ -497,17 +519,8 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
     num_tests = num_sources * settings.num_test
     num_supervised = settings.num_own + settings.num_calibration
     for family in settings.families:
-        gan, chosen = _generators.gan(settings, family, images.shape)
-        stages.append(
-            _plan.gan_training(
-                gan,
-                chosen.batch_size,
-                chosen.num_steps,
-                len(settings.seeds),
-                num_images=images.shape[0],
-                name=f"{FAMILY_NAMES[family]}: training step",
-            )
-        )
+        gan, _ = _generators.gan(settings, family, images.shape)
+        stages.append(_generators.plan(settings, family))
         ours = _plan.abstract_generator(gan)
         layer = jax.eval_shape(sampling.final_layer, ours)
         inverted = 0
@@ -563,20 +576,11 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
     return stages
 
 
-# --- tables -----------------------------------------------------------------------------------
+# --- for the page ---------------------------------------------------------------------------------
 
 
-def mean_text(values: Sequence[float]) -> str:
-    """Percent with the half-width of the 95 % interval of the mean: "97.3 ± 1.2"."""
-    mean, half_width = metrics.mean_interval(values)
-    text = f"{100 * mean:.1f}"
-    return text if half_width is None else f"{text} ± {100 * half_width:.1f}"
-
-
-def settings_text(settings: Settings) -> str:
-    """What was compared, for the page: one paragraph."""
-    widths = "-".join(map(str, settings.activation_widths))
-    pixel_widths = "-".join(map(str, settings.pixel_widths))
+def sources_text(settings: Sources) -> str:
+    """Which images there are and how they are inverted, for the page."""
     treatment = (
         f"inverted to a relative gap of {settings.tol:g}"
         if settings.tol
@@ -585,29 +589,25 @@ def settings_text(settings: Settings) -> str:
     return (
         f"{settings.dataset}, {settings.image_size} x {settings.image_size}; generators by the "
         f"recipe '{settings.recipe}', convention '{settings.convention}', seeds "
-        f"{', '.join(map(str, settings.seeds))}. Each method learns {settings.num_own} own images, "
-        f"DeepSAD (RawPAD, DCTPAD, FLIPAD) {settings.num_real} real ones beside them in "
-        f"{settings.epochs} epochs with encoders {pixel_widths} and {widths}; "
-        f"{settings.num_calibration} other own images set the threshold at fnr {settings.fnr:g}. "
-        f"Images are {treatment} at lam {settings.lam:g}. One-class learns own images only; with "
-        f"impostors {settings.num_with_impostors} of them and {settings.num_impostors} of changed "
-        f"copies of our generator. SM-Inv: {settings.inversion_images} images of every source, "
-        f"{settings.inversion_steps} steps, {settings.inversion_restarts} starts, second distance "
-        f"{settings.perceptual}. {settings.num_test} test images of every source; accuracy is the "
-        f"mean of own accepted and rival rejected, at best {100 * (1 - settings.fnr / 2):g} %."
+        f"{', '.join(map(str, settings.seeds))}. {settings.num_test} test images of every source, "
+        f"{treatment} at lam {settings.lam:g}."
     )
 
 
-def mean_table(
-    title: str,
-    header: Sequence[str],
-    cells: Mapping[str, Mapping[str, Sequence[float]]],
-    *,
-    caption: str | None = None,
-) -> report.Table:
-    """Rows by shown name, columns by name: mean and interval over repeats of every cell."""
-    rows = [
-        [name, *(mean_text(columns[column]) if column in columns else None for column in header)]
-        for name, columns in cells.items()
-    ]
-    return report.Table([title, *header], rows, caption=caption)
+def settings_text(settings: Settings) -> str:
+    """What was compared, for the page: one paragraph."""
+    widths = "-".join(map(str, settings.activation_widths))
+    pixel_widths = "-".join(map(str, settings.pixel_widths))
+    return (
+        f"{sources_text(settings)} Each method learns {settings.num_own} own images, "
+        f"DeepSAD (RawPAD, DCTPAD, FLIPAD) {settings.num_real} real ones beside them in "
+        f"{settings.epochs} epochs with encoders {pixel_widths} and {widths}; "
+        f"{settings.num_calibration} other own images set the threshold at fnr {settings.fnr:g}. "
+        f"One-class learns own images only; with "
+        f"impostors {settings.num_with_impostors} of them and {settings.num_impostors} of changed "
+        f"copies of our generator. SM-Inv: {settings.inversion_images} images of every source, "
+        f"{settings.inversion_steps} steps, {settings.inversion_restarts} starts, second distance "
+        f"{settings.perceptual}. SM-F correlates residuals, as the published code does. "
+        "Accuracy is the mean of own accepted and rival rejected, at best "
+        f"{100 * (1 - settings.fnr / 2):g} %."
+    )

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import train_generator
+from experiments import _plan, train_generator
 from experiments._config import Run
 from flipad_jax import data
 from flipad_jax.generators import sampling, training, zoo
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["RECIPES", "Recipe", "gan", "load", "recipe"]
+__all__ = ["FAMILY_NAMES", "RECIPES", "Recipe", "gan", "load", "plan", "recipe"]
 
+FAMILY_NAMES = {"dcgan": "DCGAN", "wgan_gp": "WGAN-GP", "lsgan": "LSGAN", "ebgan": "EBGAN"}
 RECIPES = ("paper", "small", "tiny")
 
 # [P1] E.1, (CelebA, LSUN): passes over the training images.
@@ -181,3 +182,17 @@ def _train(family, seeds, entries, images: np.ndarray, settings, folder: Path, r
     for index, seed in enumerate(seeds):
         generator = sampling.from_state(model, training.take_seed(states, index))
         zoo.save_file(_path(folder, entries[seed]), generator, entries[seed])
+
+
+def plan(settings: Any, family: str) -> _plan.Stage:
+    """The training of a family's seeds, for `--plan`; as if none were there already."""
+    images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
+    model, chosen = gan(settings, family, images.shape)
+    return _plan.gan_training(
+        model,
+        chosen.batch_size,
+        chosen.num_steps,
+        len(settings.seeds),
+        num_images=images.shape[0],
+        name=f"{FAMILY_NAMES[family]}: training step",
+    )

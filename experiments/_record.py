@@ -176,7 +176,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self._flags = flags
-        self._commit = commit
+        self.commit = commit
         self._entered: list[str] = []
 
     @property
@@ -284,9 +284,9 @@ class Run:
             arrays, meta = loaded
             self.seconds[name] = meta["seconds"]
             self.warnings += meta["warnings"]
-            if meta["commit"] != self._commit:
+            if meta["commit"] != self.commit:
                 self.warn(
-                    f"stage {name} was computed by commit {meta['commit']}, this is {self._commit}"
+                    f"stage {name} was computed by commit {meta['commit']}, this is {self.commit}"
                 )
             self.note(f"{text}: kept from an earlier start ({meta['seconds']:.1f} s then)")
             return arrays
@@ -297,7 +297,7 @@ class Run:
         seconds = self.seconds[name] = round(time.monotonic() - start, 3)
         meta = {
             "seconds": seconds,
-            "commit": self._commit,
+            "commit": self.commit,
             "warnings": self.warnings[num_warnings:],
             "sha256": _digest(arrays),
         }

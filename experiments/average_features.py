@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _attribution, _generators, _plan
-from experiments._attribution import FAMILY_NAMES
 from experiments._config import Run, setting
+from experiments._generators import FAMILY_NAMES
 from flipad_jax import data, report
 from flipad_jax.detection import features
 from flipad_jax.generators import sampling
@@ -26,21 +26,17 @@ from flipad_jax.inversion.final_layer import invert
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_attribution.Settings):
+class Config(_attribution.Sources):
     """Settings of the figures; the first architecture is ours, the first seed is taken."""
 
     seeds: tuple[int, ...] = setting((0,), "The first one is taken.", lower_bound=0)
     num_channels: int = setting(2, "Channels of the activation to draw.", lower_bound=1)
-    methods: tuple[str, ...] = setting(("flipad",), "Not used: nothing is fitted.")
 
 
 PRESETS = {
-    "smoke": {
-        **{key: value for key, value in _attribution.SMOKE.items() if key != "seeds"},
-        "num_test": 64,
-    },
+    "smoke": {**_attribution.SOURCES_SMOKE, "seeds": (0,), "num_test": 64},
     "demo": {},
-    "paper": {**_attribution.PAPER, "seeds": (1,)},
+    "paper": {**_attribution.SOURCES_PAPER, "seeds": (1,)},
 }
 
 _KINDS = {"images": "Figure 8", "dct": "Figure 9", "activations": "Figures 4 and 10"}
@@ -49,7 +45,7 @@ _BATCH = 128
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Averages and figures; returns the distances of the averages."""
-    _attribution.check(config)
+    _attribution.check_once(config, "seeds", "families")
     seed, family = config.seeds[0], config.families[0]
     generators = _generators.load(config, record, config.families, (seed,))
     ours = _attribution.model(config, record, family, seed, generators[family][seed])
@@ -173,7 +169,7 @@ def _write_page(config, record, distances, figures, shown) -> None:
             report.Section("How far apart", [table]),
             report.Section("Averages", pictures[:3]),
             report.Section("Samples", pictures[3:]),
-            report.Section("Settings", [_attribution.settings_text(config)]),
+            report.Section("Settings", [_attribution.sources_text(config)]),
         ],
         lead=f"Ours is {shown['own']}. In which features do averages of other sources differ from "
         "ours?",
@@ -188,8 +184,8 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`: generators and inversions."""
-    settings = dataclasses.replace(config, methods=(), seeds=config.seeds[:1])
-    stages = _attribution.plan(settings, 0, 1)
+    one_seed = dataclasses.replace(config, seeds=config.seeds[:1])
+    stages = [_generators.plan(one_seed, family) for family in config.families]
     images = _plan.training_images(config.dataset, config.image_size, config.num_gan_images)
     gan, _ = _generators.gan(config, config.families[0], images.shape)
     layer = jax.eval_shape(sampling.final_layer, _plan.abstract_generator(gan))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _attribution, _generators, _paper, _plan
+from experiments import _attribution, _generators, _paper, _plan, _tables
 from experiments._attribution import METHODS
 from experiments._config import Run, setting
 from flipad_jax import perturbations, report
@@ -52,8 +52,7 @@ PRESETS = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """All cells, the table, the page; returns accuracies per method and perturbation."""
     _attribution.check(config)
-    if not config.perturbations or len(set(config.perturbations)) != len(config.perturbations):
-        raise ValueError(f"--perturbations={','.join(config.perturbations)}: give each one once")
+    _attribution.check_once(config, "perturbations")
     grey = np.zeros((1, config.image_size, config.image_size, 1), np.uint8)
     for name in config.perturbations:  # Refuses a name or strength before anything is trained.
         perturbations.apply(name, grey, jax.random.key(0))
@@ -84,7 +83,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                         sources,
                         perturbation=name,
                         immunized=config.immunized,
-                    ).summary
+                    )
                     cells[method][name][-1][family] = {
                         key: found[key]
                         for key in ("mean_accuracy", "mean_auc", "achieved_fnr", "accuracy")
@@ -100,19 +99,18 @@ def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
         name: [float(np.mean([found[key] for found in repeat.values()])) for repeat in repeats]
         for name, repeats in cells[method].items()
     }
-    columns["average"] = np.mean(list(columns.values()), axis=0).tolist()
-    return columns
+    return _tables.with_average(columns)
+
+
+def _all_columns(cells, key: str) -> dict[str, dict[str, list[float]]]:
+    return {METHODS[method]: _columns(cells, method, key) for method in cells}
 
 
 def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
     """Table 4 (or 8), its areas, and the paper's where the setting is the same."""
     header = [*config.perturbations, "average"]
     found = [
-        _attribution.mean_table(
-            title,
-            header,
-            {METHODS[m]: _columns(results["cells"], m, key) for m in config.methods},
-        )
+        _tables.mean_table(title, header, _all_columns(results["cells"], key))
         for title, key in (("Table 4: accuracy, %", "mean_accuracy"), ("AUC, %", "mean_auc"))
     ]
     paper = _paper.comparable(config, _paper.TABLE_4) if config.immunized else None
@@ -130,14 +128,7 @@ def _write_page(config, record, results, generators) -> None:
         rows[name] = perturbations.apply(name, images, jax.random.key(seed))
     grid = report.image_grid(rows, num_columns=16)
     report.save_figure(grid, record.figures / "perturbations.png")
-    accuracy = {
-        METHODS[method]: {
-            name: float(np.mean(values))
-            for name, values in _columns(results["cells"], method, "mean_accuracy").items()
-        }
-        for method in config.methods
-    }
-    chart = report.accuracy_chart(accuracy)
+    chart = _tables.chart(_all_columns(results["cells"], "mean_accuracy"), "repeats")
     report.save_figure(chart, record.figures / "accuracy.png")
     how = (
         "All images, those that are learned from and those under suspicion, were treated alike."
@@ -167,13 +158,7 @@ def _write_page(config, record, results, generators) -> None:
 
 def summary(metrics: dict[str, Any]) -> str:
     """Table 4, as the terminal shows it."""
-    cells = metrics["cells"]
-    names = list(next(iter(cells.values())))
-    rows = []
-    for method in cells:
-        columns = _columns(cells, method, "mean_accuracy")
-        rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
-    return report.table_text(["accuracy, %", *names, "average"], rows)
+    return _tables.text_table("accuracy, %", _all_columns(metrics["cells"], "mean_accuracy"))
 
 
 def plan(config: Config) -> list[_plan.Stage]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _attribution, _generators, _paper, _plan
-from experiments._attribution import FAMILY_NAMES, METHODS
+from experiments import _attribution, _generators, _paper, _plan, _tables
+from experiments._attribution import METHODS
 from experiments._config import Run, setting
+from experiments._generators import FAMILY_NAMES
 from flipad_jax import report
 
 
@@ -65,7 +66,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             samples[f"{FAMILY_NAMES[family]} {seed}"] = sources["own"][:16]
             for method in config.methods:
                 found = _attribution.cell(config, record, method, ours, sources)
-                cells[method][family].append(_seeds_and_real(found.summary))
+                cells[method][family].append(_seeds_and_real(found))
     results = {"cells": cells}
     _write_page(config, record, results, samples)
     return results
@@ -83,13 +84,8 @@ def _seeds_and_real(summary: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **{key: summary[key] for key in kept}}
 
 
-def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
-    columns = {
-        FAMILY_NAMES[family]: [repeat[key] for repeat in repeats]
-        for family, repeats in cells[method].items()
-    }
-    columns["average"] = np.mean(list(columns.values()), axis=0).tolist()
-    return columns
+def _all_columns(cells, key: str) -> dict[str, dict[str, list[float]]]:
+    return {METHODS[m]: _tables.columns_by_family(cells, m, key) for m in cells}
 
 
 def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
@@ -97,9 +93,7 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
     cells = results["cells"]
     header = [*(FAMILY_NAMES[family] for family in config.families), "average"]
     found = [
-        _attribution.mean_table(
-            title, header, {METHODS[m]: _columns(cells, m, key) for m in config.methods}
-        )
+        _tables.mean_table(title, header, _all_columns(cells, key))
         for title, key in (
             ("Table 3: accuracy against other seeds, %", "seeds_accuracy"),
             ("AUC against other seeds, %", "seeds_auc"),
@@ -116,15 +110,9 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
 def _write_page(config, record, results, samples) -> None:
     grid = report.image_grid(samples, num_columns=16)
     report.save_figure(grid, record.figures / "samples.png")
-    cells = results["cells"]
-    accuracy, intervals = {}, {}
-    for method in config.methods:
-        columns = _columns(cells, method, "seeds_accuracy")
-        accuracy[METHODS[method]] = {k: float(np.mean(v)) for k, v in columns.items()}
-        intervals[METHODS[method]] = {k: (min(v), max(v)) for k, v in columns.items()}
-    chart = report.accuracy_chart(accuracy, intervals=intervals, interval_name="range of seeds")
+    columns = _all_columns(results["cells"], "seeds_accuracy")
+    chart = _tables.chart(columns, "seeds")
     report.save_figure(chart, record.figures / "accuracy.png")
-    best = max(config.methods, key=lambda m: accuracy[METHODS[m]]["average"])
     sections = [
         report.Section(
             "Result",
@@ -143,22 +131,15 @@ def _write_page(config, record, results, samples) -> None:
     ]
     lead = (
         "Which method tells images of our generator from those of the same architecture, trained "
-        f"on the same images from another seed? Best on average: {METHODS[best]}, "
-        f"{100 * accuracy[METHODS[best]]['average']:.1f} %."
+        f"on the same images from another seed? Best on average: {_tables.best(columns)}"
     )
     report.write_page(record.workdir / "report.html", "Same architecture", sections, lead=lead)
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """Table 3, as the terminal shows it."""
-    cells = metrics["cells"]
-    families = list(next(iter(cells.values())))
-    rows = []
-    for method in cells:
-        columns = _columns(cells, method, "seeds_accuracy")
-        rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
-    header = ["other seeds, accuracy, %", *(FAMILY_NAMES[f] for f in families), "average"]
-    return report.table_text(header, rows)
+    columns = _all_columns(metrics["cells"], "seeds_accuracy")
+    return _tables.text_table("other seeds, accuracy, %", columns)
 
 
 def plan(config: Config) -> list[_plan.Stage]:

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import _attribution, _generators, _paper, _plan
-from experiments._attribution import FAMILY_NAMES, METHODS
+from experiments import _attribution, _generators, _paper, _plan, _tables
+from experiments._attribution import METHODS
 from experiments._config import Run
+from experiments._generators import FAMILY_NAMES
 from flipad_jax import report
 
 
@@ -56,7 +57,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                 samples[FAMILY_NAMES[family]] = sources["own"][:16]
             for method in config.methods:
                 found = _attribution.cell(config, record, method, ours, sources)
-                cells[method][family].append(_by_family(found.summary))
+                cells[method][family].append(_by_family(found))
     results = {"cells": cells}
     _write_page(config, record, results, samples)
     return results
@@ -73,14 +74,8 @@ def _by_family(summary: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **{key: summary[key] for key in kept}}
 
 
-def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
-    """Values over repeats of every architecture that is ours, and of their average."""
-    columns = {
-        FAMILY_NAMES[family]: [repeat[key] for repeat in repeats]
-        for family, repeats in cells[method].items()
-    }
-    columns["average"] = np.mean(list(columns.values()), axis=0).tolist()
-    return columns
+def _all_columns(cells, key: str) -> dict[str, dict[str, list[float]]]:
+    return {METHODS[m]: _tables.columns_by_family(cells, m, key) for m in cells}
 
 
 def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
@@ -90,8 +85,7 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
     header = [*ours, "average"]
     found = []
     for title, key in (("Table 2: accuracy, %", "mean_accuracy"), ("Table 7: AUC, %", "mean_auc")):
-        rows = {METHODS[m]: _columns(cells, m, key) for m in config.methods}
-        found.append(_attribution.mean_table(title, header, rows))
+        found.append(_tables.mean_table(title, header, _all_columns(cells, key)))
     rivals = ["real", *config.families]
     detail = {}
     for method in config.methods:
@@ -104,7 +98,7 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
             }
     found.insert(
         1,
-        _attribution.mean_table(
+        _tables.mean_table(
             "Table 6: accuracy, %; ours",
             [FAMILY_NAMES.get(rival, rival) for rival in rivals],
             detail,
@@ -121,15 +115,9 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
 def _write_page(config, record, results, samples) -> None:
     grid = report.image_grid(samples, num_columns=16)
     report.save_figure(grid, record.figures / "samples.png")
-    cells = results["cells"]
-    accuracy, intervals = {}, {}
-    for method in config.methods:
-        columns = _columns(cells, method, "mean_accuracy")
-        accuracy[METHODS[method]] = {k: float(np.mean(v)) for k, v in columns.items()}
-        intervals[METHODS[method]] = {k: (min(v), max(v)) for k, v in columns.items()}
-    chart = report.accuracy_chart(accuracy, intervals=intervals, interval_name="range of repeats")
+    columns = _all_columns(results["cells"], "mean_accuracy")
+    chart = _tables.chart(columns, "repeats")
     report.save_figure(chart, record.figures / "accuracy.png")
-    best = max(config.methods, key=lambda m: accuracy[METHODS[m]]["average"])
     sections = [
         report.Section(
             "Result",
@@ -149,9 +137,8 @@ def _write_page(config, record, results, samples) -> None:
         report.Section("Settings", [_attribution.settings_text(config)]),
     ]
     lead = (
-        f"Which method tells images of our generator from those of other architectures and from "
-        f"real ones? Best on average: {METHODS[best]}, "
-        f"{100 * accuracy[METHODS[best]]['average']:.1f} %."
+        "Which method tells images of our generator from those of other architectures and from "
+        f"real ones? Best on average: {_tables.best(columns)}"
     )
     report.write_page(
         record.workdir / "report.html", "Single-model attribution", sections, lead=lead
@@ -160,14 +147,8 @@ def _write_page(config, record, results, samples) -> None:
 
 def summary(metrics: dict[str, Any]) -> str:
     """Table 2, as the terminal shows it."""
-    cells = metrics["cells"]
-    families = list(next(iter(cells.values())))
-    rows = []
-    for method in cells:
-        columns = _columns(cells, method, "mean_accuracy")
-        rows.append([METHODS[method], *map(_attribution.mean_text, columns.values())])
-    header = ["accuracy, %", *(FAMILY_NAMES[f] for f in families), "average"]
-    return report.table_text(header, rows)
+    columns = _all_columns(metrics["cells"], "mean_accuracy")
+    return _tables.text_table("accuracy, %", columns)
 
 
 def plan(config: Config) -> list[_plan.Stage]:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from experiments._config import Run, setting
-from flipad_jax import data, report
+from flipad_jax import conventions, data, report
 from flipad_jax.generators import sampling, training, zoo
 
 
@@ -52,7 +52,7 @@ class Config:
     convention: str = setting(
         "paper",
         "Recipe of LSGAN and EBGAN: that of the text, or that of its published code.",
-        choices=training.CONVENTIONS,
+        choices=conventions.CONVENTIONS,
     )
     widths: str = setting("paper", "Widths that are not named below.", choices=tuple(_WIDTHS))
     features: tuple[int, ...] = setting(

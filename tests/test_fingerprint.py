@@ -7,7 +7,7 @@ import pytest
 import pywt
 from scipy import ndimage
 
-from flipad_jax import data
+from flipad_jax import conventions, data
 from flipad_jax.detection import fingerprint
 
 GREY = (0.29893602, 0.58704307, 0.11402090)
@@ -101,7 +101,7 @@ def test_brightness_leaves_no_trace_and_one_colour_leaves_none_at_all(c):
     np.testing.assert_array_equal(dark, bright)
     flat = np.full((3, 16, 22, c), [201, 57, 19][:c], np.uint8)
     assert not fingerprint.residuals(flat, batch_size=BATCH).any()
-    for convention in fingerprint.CONVENTIONS:
+    for convention in conventions.CONVENTIONS:
         fitted = fingerprint.fit(images, convention=convention, batch_size=BATCH)
         found = fingerprint.score(fitted, flat, batch_size=BATCH)
         np.testing.assert_array_equal(found, np.zeros(3))

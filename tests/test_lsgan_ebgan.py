@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+from flipad_jax import conventions
 from flipad_jax.generators import dcgan, ebgan, layers, lsgan, sampling, training, zoo
 from flipad_jax.inversion import final_layer
 
@@ -337,7 +338,7 @@ def test_energies_and_their_margin(batch, margin):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("convention", training.CONVENTIONS)
+@pytest.mark.parametrize("convention", conventions.CONVENTIONS)
 def test_the_target_of_an_ebgan_generator_is_held_fixed(convention):
     gan = tiny("ebgan", convention=convention)
     fake = noise(0, 3, 2, 2, 1, dtype=np.float64)
@@ -351,9 +352,9 @@ def test_the_target_of_an_ebgan_generator_is_held_fixed(convention):
 
 def test_conventions():
     for name in FAMILIES:
-        paper, reference = (tiny(name, convention=word) for word in training.CONVENTIONS)
+        paper, reference = (tiny(name, convention=word) for word in conventions.CONVENTIONS)
         assert (paper.discriminator_steps, reference.discriminator_steps) == (5, 1)
-    paper, reference = (tiny("lsgan", convention=word) for word in training.CONVENTIONS)
+    paper, reference = (tiny("lsgan", convention=word) for word in conventions.CONVENTIONS)
     for network in ("generator", "discriminator"):
         assert getattr(paper, network).epsilon == 1e-5
         assert getattr(reference, network).epsilon == 0.8
@@ -475,7 +476,7 @@ def test_final_layer_makes_the_image_from_the_activation(name):
     assert np.std(found) > 0.05
 
 
-@pytest.mark.parametrize("convention", [None, *training.CONVENTIONS])
+@pytest.mark.parametrize("convention", [None, *conventions.CONVENTIONS])
 def test_a_saved_lsgan_comes_back_with_its_convention(convention, tmp_path):
     options = {} if convention is None else {"convention": convention}
     gan = tiny("lsgan", **options)

@@ -9,8 +9,8 @@ from experiments import (
     _attribution,
     _config,
     _paper,
+    _tables,
     perturbed_samples,
-    same_architecture,
     single_model_attribution,
 )
 
@@ -154,7 +154,7 @@ def test_columns_are_means_over_what_was_repeated():
             "lsgan": [{"seeds_accuracy": 0.9}, {"seeds_accuracy": 0.9}],
         }
     }
-    columns = same_architecture._columns(cells, "m", "seeds_accuracy")
+    columns = _tables.columns_by_family(cells, "m", "seeds_accuracy")
     assert columns["average"] == pytest.approx([0.7, 0.8])
     # t quantile for two repeats: 12.706; standard deviation 0.0707, mean 0.75.
-    assert _attribution.mean_text(columns["average"]) == "75.0 ± 63.5"
+    assert _tables.mean_text(columns["average"]) == "75.0 ± 63.5"

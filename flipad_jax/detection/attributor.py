@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from flax import struct
 
-from flipad_jax import data
+from flipad_jax import conventions, data
 from flipad_jax.detection import (
     calibration,
     deepsad,
@@ -115,10 +115,7 @@ class AttributorConfig:
             raise ValueError(f"detector={self.detector!r}: expected one of {DETECTORS}")
         if self.features not in features.KINDS:
             raise ValueError(f"features={self.features!r}: expected one of {features.KINDS}")
-        if self.convention not in features.CONVENTIONS:
-            raise ValueError(
-                f"convention={self.convention!r}: expected one of {features.CONVENTIONS}"
-            )
+        conventions.check(self.convention)
         if self.detector == "one_class" and self.features != "activations":
             raise ValueError(
                 f"the one-class detector reads activations, not {self.features}; "

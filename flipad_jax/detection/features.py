@@ -33,6 +33,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from flipad_jax import conventions
+
 __all__ = [
     "FeatureConfig",
     "FittedFeatures",
@@ -56,7 +58,6 @@ __all__ = [
 KINDS = ("pixels", "dct", "activations")
 RESIZES = ("nearest", "max_pool", "center_crop")
 STANDARDIZATIONS = ("none", "own", "all")
-CONVENTIONS = ("paper", "reference")
 
 _LOG_OFFSET = 1e-10  # [P1] E.4
 _STD_OFFSET = 0.05  # published code; keeps elements that hardly vary from being blown up
@@ -106,15 +107,14 @@ def preset(kind: str, convention: str = "paper") -> FeatureConfig:
     Raises:
       ValueError: for an unknown kind or convention.
     """
+    conventions.check(convention)
     standardize_by = "none" if kind == "pixels" else "own"
     if convention == "paper":
         return FeatureConfig(kind=kind, standardize=standardize_by)
-    if convention == "reference":
-        if kind == "dct":
-            return FeatureConfig(kind=kind, resize="center_crop", standardize="all")
-        resize = "max_pool" if kind == "activations" else "nearest"
-        return FeatureConfig(kind=kind, resize=resize, standardize=standardize_by)
-    raise ValueError(f'convention={convention!r}: expected "paper" or "reference".')
+    if kind == "dct":
+        return FeatureConfig(kind=kind, resize="center_crop", standardize="all")
+    resize = "max_pool" if kind == "activations" else "nearest"
+    return FeatureConfig(kind=kind, resize=resize, standardize=standardize_by)
 
 
 # ---------------------------------------------------------------------------------------------

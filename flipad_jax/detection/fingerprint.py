@@ -40,11 +40,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from flipad_jax import data
+from flipad_jax import conventions, data
 
-__all__ = ["CONVENTIONS", "Fingerprint", "fit", "residuals", "score"]
-
-CONVENTIONS = ("paper", "reference")
+__all__ = ["Fingerprint", "fit", "residuals", "score"]
 
 _WAVELET = "db4"
 _LEVELS = 4
@@ -296,8 +294,7 @@ def fit(
       ValueError: for an unknown convention, bad images, images that differ in shape, none at all,
         or nothing but images of one colour.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"{convention=}: expected one of {CONVENTIONS}")
+    conventions.check(convention)
     shape: tuple[int, int, int] | None = None
     total, num_images = np.zeros(()), 0
     for batch in [images] if isinstance(images, (np.ndarray, jax.Array)) else images:

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from flipad_jax import conventions
 from flipad_jax.generators import dcgan, layers
-from flipad_jax.generators.training import Gan, check_convention
+from flipad_jax.generators.training import Gan
 
 __all__ = ["Autoencoder", "ebgan", "pull_away"]
 
@@ -125,7 +126,7 @@ def ebgan(
     Raises:
       ValueError: as `dcgan.dcgan`, or if the convention is unknown.
     """
-    check_convention(convention)
+    conventions.check(convention)
     generator_features = dcgan.check_features(image_shape, features)
     widths = tuple(discriminator_features or _DISCRIMINATOR_FEATURES)
     if len(widths) != len(_DISCRIMINATOR_FEATURES):

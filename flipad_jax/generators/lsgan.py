@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from flipad_jax import conventions
 from flipad_jax.generators import layers
-from flipad_jax.generators.training import Gan, check_convention
+from flipad_jax.generators.training import Gan
 
 __all__ = ["Discriminator", "Generator", "lsgan"]
 
@@ -125,7 +126,7 @@ def lsgan(
       ValueError: if the image is not square, of another size, the number of widths is wrong, or the
         convention is unknown.
     """
-    check_convention(convention)
+    conventions.check(convention)
     if len(image_shape) != 3 or image_shape[0] != image_shape[1]:
         raise ValueError(f"image_shape must be (h, w, c) with h = w, got {tuple(image_shape)}")
     size = image_shape[0]

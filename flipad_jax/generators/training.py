@@ -19,11 +19,9 @@ from flipad_jax import checkpoints, data
 from flipad_jax.generators import layers
 
 __all__ = [
-    "CONVENTIONS",
     "Gan",
     "GanState",
     "Losses",
-    "check_convention",
     "init",
     "init_seeds",
     "step_all",
@@ -31,18 +29,6 @@ __all__ = [
     "train",
     "train_step",
 ]
-
-CONVENTIONS = ("paper", "reference")
-
-
-def check_convention(convention: str) -> None:
-    """Refuse what is neither "paper", the text of [P1], nor "reference", its published code.
-
-    Raises:
-      ValueError: for any other word.
-    """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention={convention!r}: choose from {', '.join(CONVENTIONS)}")
 
 
 class Gan(NamedTuple):

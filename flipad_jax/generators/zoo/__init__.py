@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from flipad_jax import files
+from flipad_jax import conventions, files
 from flipad_jax.generators import dcgan, ebgan, lsgan, training, wgan_gp
 from flipad_jax.generators.sampling import TrainedGenerator
 
@@ -47,7 +47,7 @@ def make(
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
-    training.check_convention(convention)
+    conventions.check(convention)
     if family in _WITH_CONVENTION:
         options["convention"] = convention
     return FAMILIES[family](image_shape, **options)
