@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import _plan
 from experiments._config import Run, setting
 from flipad_jax import conventions, data, report
 from flipad_jax.generators import sampling, training, zoo
@@ -237,10 +238,8 @@ def summary(metrics: dict[str, Any]) -> str:
     return report.table_text(header, rows)
 
 
-def plan(config: Config) -> list[Any]:
+def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`: training; samples and files cost next to nothing beside it."""
-    from experiments import _plan
-
     images = _plan.training_images(config.dataset, config.image_size, config.num_images)
     model = _configured(config, images.shape[1:])
     return [

@@ -69,3 +69,12 @@ def test_deepsad_learns_the_same_from_a_file(monkeypatch):
         )
         scores.append(attributor.score(fitted, real[:8]))
     np.testing.assert_array_equal(*scores)
+
+
+def test_deepsad_without_real_images_is_refused():
+    own, z = toy_model.own_images(0, 80)
+    config = AttributorConfig(detector="deepsad", check_untouched=False)
+    with pytest.raises(ValueError, match="there are none"):
+        attributor.fit(
+            toy_model.LAYER, z.mean(axis=0), own, own[:0], rng=jax.random.key(0), config=config
+        )

@@ -314,6 +314,8 @@ def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
     chosen = features.preset(config.features, config.convention)
 
     def stream(images, what):
+        if not len(images):
+            raise ValueError(f"{what}: there are none, and the deepsad detector needs both kinds")
         rows, moments, raw_shape = None, None, None
         for start, batch in raw(images, what):
             raw_shape = batch.shape[1:]
@@ -435,7 +437,13 @@ def fit(
         own = np.empty((len(chosen), *layer.operator.input_shape), np.float32)
         for start, batch in raw(chosen, "inverting own images"):
             own[start : start + len(batch)] = batch
-        profile = _profile(_moments(own[num_calibration:]))
+        fitted_on = own[num_calibration:]
+        parts = range(0, len(fitted_on), config.batch_size)
+        profile = _profile(
+            functools.reduce(
+                _merge_moments, (_moments(fitted_on[i : i + config.batch_size]) for i in parts)
+            )
+        )
         classifier = None
         if impostors is not None:
             classifier = impostor_classifier.fit(

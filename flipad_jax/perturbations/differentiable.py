@@ -82,6 +82,10 @@ def blur(images: jax.Array, std: jax.Array | float, size: jax.Array | int = 25) 
       images: `[n, h, w, c]` in [-1, 1].
       std: of the Gaussian, in pixels, above 0.
       size: of the window, odd, at most 25.
+    Returns:
+      `[n, h, w, c]`, the border mirrored as in `published.blur`.
+    Raises:
+      ValueError: for images that are not floating point, or neither grey nor RGB.
     """
     _check(images)
     radius = jnp.asarray(size) // 2
@@ -104,6 +108,10 @@ def crop(images: jax.Array, share: jax.Array | float) -> jax.Array:
     Args:
       images: `[n, h, w, c]` in [-1, 1].
       share: of each side that is kept, in (0, 1]; whole pixels.
+    Returns:
+      `[n, h, w, c]`.
+    Raises:
+      ValueError: for images that are not floating point, or neither grey nor RGB.
     """
     _check(images)
     rows, columns = (_crop_matrix(side, jnp.asarray(share)) for side in images.shape[1:3])
@@ -111,7 +119,17 @@ def crop(images: jax.Array, share: jax.Array | float) -> jax.Array:
 
 
 def noise(images: jax.Array, rng: jax.Array, std: jax.Array | float) -> jax.Array:
-    """Normal noise of standard deviation `std` on the scale of [-1, 1], clipped to it."""
+    """Independent normal noise, clipped.
+
+    Args:
+      images: `[n, h, w, c]` in [-1, 1].
+      rng: key.
+      std: on the scale of the images, twice that of `published.noise`.
+    Returns:
+      `[n, h, w, c]` in [-1, 1].
+    Raises:
+      ValueError: for images that are not floating point, or neither grey nor RGB.
+    """
     _check(images)
     return jnp.clip(images + std * jax.random.normal(rng, images.shape, images.dtype), -1, 1)
 
@@ -201,6 +219,10 @@ def jpeg(images: jax.Array, quality: jax.Array | float) -> jax.Array:
     Args:
       images: `[n, h, w, c]` in [-1, 1], grey or RGB.
       quality: 1 to 100, libjpeg's.
+    Returns:
+      `[n, h, w, c]` in [-1, 1], whole grey levels.
+    Raises:
+      ValueError: for images that are not floating point, or neither grey nor RGB.
     """
     _check(images)
     quality = jnp.asarray(quality, images.dtype)
@@ -238,6 +260,10 @@ def jpeg_mask(images: jax.Array) -> jax.Array:
 
     Args:
       images: `[n, h, w, c]` in [-1, 1]; grey ones are treated as their luminance.
+    Returns:
+      `[n, h, w, c]` in [-1, 1].
+    Raises:
+      ValueError: for images that are not floating point, or neither grey nor RGB.
     """
     _check(images)
     h, w = images.shape[1:3]

@@ -28,6 +28,9 @@ import numpy as np
 from jax import lax
 
 __all__ = [
+    "NOBODY",
+    "SEVERAL",
+    "Attribution",
     "Certificate",
     "ErrorStatistics",
     "Extent",
@@ -359,20 +362,20 @@ def certify(
     return Certificate(found, by_model, float(by_model.mean()), missed)
 
 
+NOBODY, SEVERAL = -1, -2
+
+
 class Attribution(NamedTuple):
     """Who made an image.
 
     Attributes:
-      user: `[n]` int, index of the key, or -1 for nobody, or -2 where more than one key claims it.
+      user: `[n]` int, index of the key, `NOBODY`, or `SEVERAL` where more than one key claims it.
       margin: `[n]` float32: the claiming key's response; for nobody, how far the nearest key is
         from claiming it (negative); for several, how far the second is beyond zero.
     """
 
     user: np.ndarray
     margin: np.ndarray
-
-
-NOBODY, SEVERAL = -1, -2
 
 
 def attribute(keys: np.ndarray | jax.Array, images: np.ndarray | jax.Array) -> Attribution:
