@@ -7,7 +7,7 @@ that nobody trained on: own ones, real ones, and those of rivals that differ fro
 more than the seed. Nothing of a rival is ever used before the test.
 
 Writes a table, figures, report.html, the fitted attributor (WORKDIR/attributor) and the verdicts on
-a folder of PNG files. Two cores: about four minutes; --preset=smoke: seconds.
+a folder of PNG files. Two cores: two to three minutes; --preset=smoke: seconds.
 
     python run.py
     python run.py --images=FOLDER      # verdicts on one's own folder of 32x32 images
