@@ -506,13 +506,16 @@ _SCORERS: dict[str, Callable[[_Question], dict[str, np.ndarray]]] = {
 # --- what it costs ------------------------------------------------------------------------------
 
 
-def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Stage]:
+def plan(
+    settings: Settings, num_sources: int, num_cells: int, *, ours: tuple[str, ...] = ()
+) -> list[_plan.Stage]:
     """Stages for `--plan`: generators of all families and seeds, then the cells.
 
     Args:
       settings: of the experiment.
       num_sources: test sets that a cell is asked about, own ones among them.
       num_cells: cells of each method and family.
+      ours: families that have cells; () for all.
     """
     images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
     stages: list[_plan.Stage] = []
@@ -521,15 +524,17 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
     for family in settings.families:
         gan, _ = _generators.gan(settings, family, images.shape)
         stages.append(_generators.plan(settings, family))
-        ours = _plan.abstract_generator(gan)
-        layer = jax.eval_shape(sampling.final_layer, ours)
+        if ours and family not in ours:
+            continue
+        generator = _plan.abstract_generator(gan)
+        layer = jax.eval_shape(sampling.final_layer, generator)
         inverted = 0
         cells: list[_plan.Stage] = []
         for method in settings.methods:
             shown = f"{FAMILY_NAMES[family]}, {METHODS[method]}"
             if method in _FEATURES:
                 config = _attributor_config(method, settings, num_supervised)
-                shape = layer.operator.input_shape if method == "flipad" else ours.image_shape
+                shape = layer.operator.input_shape if method == "flipad" else generator.image_shape
                 extract = functools.partial(
                     features.extract, features.preset(_FEATURES[method], settings.convention)
                 )
@@ -546,16 +551,16 @@ def plan(settings: Settings, num_sources: int, num_cells: int) -> list[_plan.Sta
                 inverted += num_supervised + num_tests
             elif method == "one_class_impostors":
                 inverted += AttributorConfig.num_inverted + 2 * settings.num_calibration + num_tests
-                made = _plan.impostor_images(ours, settings.num_impostors * num_cells)
+                made = _plan.impostor_images(generator, settings.num_impostors * num_cells)
                 cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
                 steps = ImpostorClassifierConfig(num_steps=settings.impostor_steps)
-                step = _plan.impostor_training(ours.image_shape, steps)
+                step = _plan.impostor_training(generator.image_shape, steps)
                 name = f"{FAMILY_NAMES[family]}, {step.name}"
                 cells.append(step._replace(name=name, calls=step.calls * num_cells))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(
-                        ours,
+                        generator,
                         settings.inversion_images * (num_sources + 1) * num_cells,
                         settings.inversion_steps,
                         settings.inversion_restarts,

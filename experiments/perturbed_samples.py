@@ -17,6 +17,7 @@ import numpy as np
 from experiments import _attribution, _generators, _paper, _plan, _tables
 from experiments._attribution import METHODS
 from experiments._config import Run, setting
+from experiments._generators import FAMILY_NAMES
 from flipad_jax import perturbations, report
 from flipad_jax.generators import sampling
 
@@ -31,6 +32,9 @@ class Config(_attribution.Settings):
     immunized: bool = setting(True, "Whether it happens to the images learned from as well.")
     methods: tuple[str, ...] = setting(
         ("rawpad", "dctpad", "flipad", "one_class"), "Rows.", choices=tuple(METHODS)
+    )
+    ours: tuple[str, ...] = setting(
+        (), "Architectures that are ours in turn, all of them rivals; () for all of --families."
     )
     num_own: int = setting(1000, "Own images that a detector learns.", lower_bound=64)
     num_real: int = setting(1000, "Real images that DeepSAD learns.", lower_bound=8)
@@ -53,6 +57,14 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     """All cells, the table, the page; returns accuracies per method and perturbation."""
     _attribution.check(config)
     _attribution.check_once(config, "perturbations")
+    if config.ours:
+        _attribution.check_once(config, "ours")
+    unknown = sorted(set(config.ours) - set(config.families))
+    if unknown:
+        raise ValueError(
+            f"--ours={','.join(config.ours)}: {', '.join(unknown)} is none of --families="
+            f"{','.join(config.families)}"
+        )
     grey = np.zeros((1, config.image_size, config.image_size, 1), np.uint8)
     for name in config.perturbations:  # Refuses a name or strength before anything is trained.
         perturbations.apply(name, grey, jax.random.key(0))
@@ -65,7 +77,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         for method in config.methods:
             for name in config.perturbations:
                 cells[method][name].append({})
-        for family in config.families:
+        for family in _ours(config):
             ours = _attribution.model(config, record, family, seed, generators[family][seed])
             rivals = {
                 f"{other}-{seed}": generators[other][seed]
@@ -91,6 +103,10 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     results = {"cells": cells}
     _write_page(config, record, results, generators)
     return results
+
+
+def _ours(config: Config) -> tuple[str, ...]:
+    return config.ours or config.families
 
 
 def _columns(cells, method: str, key: str) -> dict[str, list[float]]:
@@ -150,7 +166,13 @@ def _write_page(config, record, results, generators) -> None:
             "What it does to an image",
             [report.Picture(grid, "Images of one generator (Figure 11).")],
         ),
-        report.Section("Settings", [_attribution.settings_text(config)]),
+        report.Section(
+            "Settings",
+            [
+                _attribution.settings_text(config),
+                f"Ours in turn: {', '.join(FAMILY_NAMES[family] for family in _ours(config))}.",
+            ],
+        ),
     ]
     lead = "Can an image still be attributed after it was processed? " + how
     report.write_page(record.workdir / "report.html", "Perturbed samples", sections, lead=lead)
@@ -164,5 +186,8 @@ def summary(metrics: dict[str, Any]) -> str:
 def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`; samples, figures and perturbations are left out."""
     return _attribution.plan(
-        config, len(config.families) + 1, len(config.seeds) * len(config.perturbations)
+        config,
+        len(config.families) + 1,
+        len(config.seeds) * len(config.perturbations),
+        ours=_ours(config),
     )
