@@ -43,6 +43,7 @@ __all__ = [
     "find_images",
     "iter_images",
     "load",
+    "load_labels",
     "read_images",
     "to_float",
     "to_uint8",
@@ -281,15 +282,10 @@ def load(
       ValueError: for an unknown name or split, an image size that the set cannot give, or more
         images than there are; the message says what exists.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    _check_count("image_size", image_size)
-    _check_count("num_images", num_images)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
+    _check_arguments(split, image_size, num_images, seed)
     seed = int(seed)
     if name == "digits":
-        return _load_digits(split, image_size, num_images, seed)
+        return _load_digits(split, image_size, num_images, seed)[0]
     if name == "photos":
         return _crop_photos(
             _read_photos(),
@@ -310,6 +306,43 @@ def load(
         seed=seed,
         data_dir=data_dir,
     )
+
+
+def load_labels(
+    name: str,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Labels of the images that `load` returns for the same arguments, in the same order.
+
+    Args:
+      name: "digits" (the digit, 0 to 9) or "photos" (which of the seven photographs).
+      split, image_size, num_images, seed: as for `load`.
+    Returns:
+      int32 `[n]`.
+    Raises:
+      ValueError: for another set, whose labels are not read, or what `load` refuses.
+    """
+    if name not in NAMES:
+        raise ValueError(f"labels are known of {', '.join(NAMES)}, not of {name!r}")
+    _check_arguments(split, image_size, num_images, seed)
+    if name == "digits":
+        return _load_digits(split, image_size, num_images, seed)[1]
+    sources = _photo_sources(_read_photos(), split, image_size or 64, seed)
+    count = num_images or _PHOTOS_DEFAULT_COUNTS[split]
+    return _photo_labels(sources, split=split, num_images=count, seed=seed)
+
+
+def _check_arguments(split: str, image_size: Any, num_images: Any, seed: Any) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    _check_count("image_size", image_size)
+    _check_count("num_images", num_images)
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed must be a non-negative integer, got {seed!r}")
 
 
 def _check_count(what: str, value: int | None) -> None:
@@ -343,23 +376,24 @@ def _split_indices(num: int, split: str, seed: int) -> np.ndarray:
 
 def _load_digits(
     split: str, image_size: int | None, num_images: int | None, seed: int
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels."""
     if image_size not in (None, 28, 32):
         raise ValueError(
             f"digits are 28 x 28, or 32 x 32 by zero-padding; image_size={image_size} is neither"
         )
     source = importlib.resources.files("flipad_jax") / "embedded" / "digits.npz"
     with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images = arrays["images"]
+        images, labels = arrays["images"], arrays["labels"]
     indices = _split_indices(len(images), split, seed)
     if num_images is not None and num_images > len(indices):
         raise ValueError(
             f"the {split} split of digits has {len(indices)} images, {num_images} were asked for"
         )
-    images = images[indices[:num_images], :, :, None]
-    if image_size == 28:
-        return images
-    return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    images, labels = images[indices[:num_images], :, :, None], labels[indices[:num_images]]
+    if image_size != 28:
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return images, labels.astype(np.int32)
 
 
 # --- photos -----------------------------------------------------------------------------------
@@ -404,10 +438,18 @@ def _regions(width: int, height: int, *, flip_x: bool, flip_y: bool) -> dict[str
     return boxes
 
 
-def _crop_photos(
-    photos: Sequence[Image.Image], *, split: str, image_size: int, num_images: int, seed: int
-) -> np.ndarray:
-    """Crops of photographs, uint8 [num_images, image_size, image_size, 3].
+class _Source(NamedTuple):
+    """What crops of one split are cut from."""
+
+    index: int  # of the photograph
+    region: _Box
+    max_side: int  # of a crop, before it is shrunk
+
+
+def _photo_sources(
+    photos: Sequence[Image.Image], split: str, image_size: int, seed: int
+) -> list[_Source]:
+    """The photographs that are large enough, and their part that belongs to the split.
 
     Which corner of a photograph belongs to validation and to test is drawn per photograph, so that
     not all of test is ground and all of validation sky.
@@ -423,20 +465,37 @@ def _crop_photos(
         side = min(min(b.right - b.left, b.bottom - b.top) for b in regions.values())
         largest = max(largest, side)
         if side >= image_size:
-            sources.append((photo, regions[split], min(side, _MAX_SCALE * image_size)))
+            sources.append(_Source(k, regions[split], min(side, _MAX_SCALE * image_size)))
     if not sources:
         raise ValueError(
             f"photos gives crops of up to {largest} x {largest}, image_size={image_size} is larger"
         )
+    return sources
+
+
+def _photo_labels(
+    sources: Sequence[_Source], *, split: str, num_images: int, seed: int
+) -> np.ndarray:
+    """Which photograph crop i is from: word 0 of its draw, as in `_crop_photos`."""
+    which = SPLITS.index(split)
+    words = [_draw(1, seed, 1, which, i)[0] for i in range(num_images)]
+    return np.array([sources[_below(word, len(sources))].index for word in words], np.int32)
+
+
+def _crop_photos(
+    photos: Sequence[Image.Image], *, split: str, image_size: int, num_images: int, seed: int
+) -> np.ndarray:
+    """Crops of photographs, uint8 [num_images, image_size, image_size, 3]."""
+    sources = _photo_sources(photos, split, image_size, seed)
     crops = np.empty((num_images, image_size, image_size, 3), np.uint8)
     for i in range(num_images):
         words = _draw(5, seed, 1, SPLITS.index(split), i)
-        photo, region, max_side = sources[_below(words[0], len(sources))]
+        index, region, max_side = sources[_below(words[0], len(sources))]
         side = image_size + _below(words[1], max_side - image_size + 1)
         left = region.left + _below(words[2], region.right - region.left - side + 1)
         top = region.top + _below(words[3], region.bottom - region.top - side + 1)
         # Cut first, then shrink: resize(box=...) would let its filter read beyond the box.
-        crop = photo.crop((left, top, left + side, top + side))
+        crop = photos[index].crop((left, top, left + side, top + side))
         if side > image_size:
             crop = crop.resize((image_size, image_size), Image.Resampling.LANCZOS)
         if _below(words[4], 2):

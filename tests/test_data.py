@@ -1,6 +1,7 @@
 """Tests of image sets, decoding and conversion."""
 
 import gc
+import importlib.resources
 import os
 import re
 import subprocess
@@ -215,6 +216,37 @@ def test_photo_splits_share_no_source_pixel(seed, monkeypatch):
     # ... and the crops reach nearly all of the photographs: nothing is disjoint by being unused.
     covered = sum(len(s) for s in seen.values())
     assert covered > 0.8 * (101 * 60 + 60 * 83 + 200 * 90)
+
+
+def test_photo_labels_name_the_photograph_that_a_crop_is_from(monkeypatch):
+    # Every photograph in one colour of its own; one of them too small for the crops.
+    colours = [(10, 0, 0), (0, 20, 0), (0, 0, 30), (40, 40, 40)]
+    sizes = [(90, 60), (12, 12), (60, 83), (100, 90)]
+    photos = [Image.new("RGB", size, colour) for size, colour in zip(sizes, colours)]
+    monkeypatch.setattr(data, "_read_photos", lambda: photos)
+    kwargs = dict(split="validation", image_size=16, num_images=200, seed=3)
+    labels = data.load_labels("photos", **kwargs)
+    assert labels.dtype == np.int32 and set(labels) == {0, 2, 3}
+    crops = data.load("photos", **kwargs)
+    np.testing.assert_array_equal(crops[:, 5, 5], np.array(colours)[labels])
+
+
+def test_digit_labels_are_those_of_the_file_and_in_the_order_of_the_images():
+    images, labels = data.load("digits", split="test"), data.load_labels("digits", split="test")
+    source = importlib.resources.files("flipad_jax") / "embedded" / "digits.npz"
+    with source.open("rb") as file, np.load(file) as arrays:
+        known = {image.tobytes(): label for image, label in zip(arrays["images"], arrays["labels"])}
+    found = [known[np.ascontiguousarray(image[2:-2, 2:-2, 0]).tobytes()] for image in images]
+    np.testing.assert_array_equal(labels, found)
+    np.testing.assert_array_equal(
+        data.load_labels("digits", split="test", num_images=7), labels[:7]
+    )
+
+
+@pytest.mark.parametrize("arguments", [("mnist", "test"), ("digits", "all")])
+def test_labels_that_are_not_known_are_refused(arguments):
+    with pytest.raises(ValueError, match="labels are known of digits|unknown split"):
+        data.load_labels(arguments[0], split=arguments[1])
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
