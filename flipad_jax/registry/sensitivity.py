@@ -149,7 +149,7 @@ def spectrum(
     latent_rng, start_rng = jax.random.split(rng)
     batches = _batches(root, latent_rng, num_latents)
     try:
-        jax.eval_shape(_derivative, root, batches[0], root.variables["params"])
+        _derivative.lower(root, batches[0], root.variables["params"])  # nothing is computed
     except TypeError as error:
         raise ValueError(
             f"{type(root.module).__module__.rpartition('.')[2]}: its layers know no forward mode, "
