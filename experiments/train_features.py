@@ -59,6 +59,24 @@ def _moved(rng: jax.Array, images: jax.Array) -> jax.Array:
     )(padded, corners)
 
 
+def _with_unit_features(params: Any, images: np.ndarray) -> Any:
+    """The same classifier with features of variance 1 on its training images.
+
+    The layer behind takes max(feature, 0), which a positive factor passes through.
+    """
+    apply = jax.jit(lambda x: embedded_features.Network().apply({"params": params}, x)[0])
+    batches = [images[i : i + 500] for i in range(0, len(images), 500)]
+    found = [np.asarray(apply(embedded_features.prepare(jnp.asarray(b)))) for b in batches]
+    std = np.concatenate(found).std(axis=0)
+    std = np.where(std > 0, std, 1).astype(np.float32)
+    hidden, last = params["Linear_0"], params["Linear_1"]
+    return {
+        **params,
+        "Linear_0": {name: value / std for name, value in hidden.items()},
+        "Linear_1": {**last, "kernel": last["kernel"] * std[:, None]},
+    }
+
+
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Train, test, save; returns the accuracies and the hash of the file."""
     images, labels = _images("train", config.num_photos, None)
@@ -96,6 +114,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}")
             record.log_metrics(step=(epoch + 1) * per_epoch, loss=loss)
+    params = _with_unit_features(params, images)
     # The rounded weights are the network: they are what is tested and what ships.
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     halves = {name: np.ascontiguousarray(value, np.float16) for name, value in flat.items()}

@@ -343,10 +343,14 @@ def draw(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return _DRAWN[name]
 
 
-def strongest(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def strongest(name: str, *, codec: bool = True) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`(rng, images) -> images` at the strength that the published code tests: `STRONGEST`; a
     combination does all four.
 
+    Args:
+      name: one of `NAMES`.
+      codec: whether the JPEG step of "jpeg" and "combination" is done here; without, it is left to
+        the real codec.
     Raises:
       ValueError: for an unknown name.
     """
@@ -357,13 +361,17 @@ def strongest(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return lambda rng, images: crop(images, STRONGEST["crop"])
     if name == "noise":
         return lambda rng, images: noise(images, rng, STRONGEST["noise"])
-    if name == "jpeg":
-        return lambda rng, images: jpeg(images, STRONGEST["jpeg"])
     if name == "jpeg_mask":
         return _DRAWN["jpeg_mask"]
 
+    def compress(images):
+        return jpeg(images, STRONGEST["jpeg"]) if codec else images
+
+    if name == "jpeg":
+        return lambda rng, images: compress(images)
+
     def everything(rng, images):
         images = crop(blur(images, STRONGEST["blur"]), STRONGEST["crop"])
-        return jpeg(noise(images, rng, _NOISE_STD_COMBINED), STRONGEST["jpeg"])
+        return compress(noise(images, rng, _NOISE_STD_COMBINED))
 
     return everything

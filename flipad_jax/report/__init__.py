@@ -9,6 +9,13 @@ Throughout, a score is higher the less likely an image is ours, and an image is 
 score exceeds the threshold.
 """
 
+from flipad_jax.report.charts import (
+    Panel,
+    histograms,
+    matrix_map,
+    scatter_panels,
+    signed_pictures,
+)
 from flipad_jax.report.figures import (
     accuracy_chart,
     average_activations,
@@ -34,17 +41,22 @@ __all__ = [
     "Card",
     "Gallery",
     "KeyNumbers",
+    "Panel",
     "Picture",
     "Section",
     "Table",
     "accuracy_chart",
     "average_activations",
     "departure_map",
+    "histograms",
     "image_grid",
+    "matrix_map",
     "page_html",
     "roc_curves",
     "save_figure",
+    "scatter_panels",
     "score_histograms",
+    "signed_pictures",
     "table_text",
     "write_page",
     "write_verdict_page",
