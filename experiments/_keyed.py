@@ -93,7 +93,7 @@ class Settings:
     def key_config(self) -> KeyConfig:
         """Settings of the key search."""
         if self.key_method == "joint":
-            return KeyConfig(num_steps=self.key_steps, learning_rate=3e-3)
+            return dataclasses.replace(user_keys.JOINT, num_steps=self.key_steps)
         return KeyConfig(num_steps=self.key_steps)
 
     def keyed_config(self, **changes: Any) -> KeyedConfig:
@@ -223,10 +223,8 @@ def make_keys(
 ) -> np.ndarray:
     """Keys `[N, h, w, c]`: a stage of the run. A cosine other than 0 is always found jointly."""
     count = num_keys or settings.num_users
-    config = settings.key_config()
     method = settings.key_method if not cosine else "joint"
-    if method == "joint" and settings.key_method != "joint":
-        config = dataclasses.replace(config, learning_rate=3e-3)
+    config = dataclasses.replace(settings, key_method=method).key_config()
 
     def compute() -> dict[str, np.ndarray]:
         key_rng = rng(settings, 1, round(1000 * cosine))
@@ -470,7 +468,7 @@ def frechet_statistics(settings: Settings, images: np.ndarray) -> frechet.Featur
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """ "0.98 (0.01)", as the tables of the paper have it: mean and standard deviation over models."""
+    """Mean and standard deviation over models, as the paper's tables have it: 0.98 (0.01)."""
     array = np.asarray(values, float)
     deviation = array.std(ddof=1) if len(array) > 1 else 0.0
     return f"{array.mean():.{digits}f} ({deviation:.{digits}f})"

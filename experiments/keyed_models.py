@@ -144,7 +144,8 @@ def _described(config, keys, models, measured, images, root_images) -> dict[str,
 def tables(results: dict[str, Any]) -> list[report.Table]:
     """Table 1 in the paper's layout, the theorems, and the paper's own."""
     header = ["angle", "models", "D", "A(G)", "||dx||", "E||dx||", "distance of G_0", "distance"]
-    rows, theorem_rows = [], []
+    rows: list[list[Any]] = []
+    theorem_rows: list[list[Any]] = []
     for angle, found in results["sets"].items():
         rows.append(
             [
@@ -163,7 +164,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
             [
                 angle,
                 _keyed.mean_std(found["gamma"]),
-                _keyed.mean_std(asked),
+                _keyed.mean_std(asked.tolist()),
                 f"{(np.asarray(found['gamma']) >= asked).mean():.0%}",
                 f"{min(found['allowed_cosine']):.3f}",
                 f"{max(found['largest_cosine']):.3f}",

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import _keyed
 from experiments._config import Run, setting
-from flipad_jax import data, perturbations, report
+from flipad_jax import perturbations, report
 from flipad_jax.generators import sampling
 from flipad_jax.perturbations import differentiable
 from flipad_jax.registry import attributability, user_generators

@@ -8,6 +8,7 @@ when the result is there. The paper's minutes are of a V100 and 64 x 64 images.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -91,17 +92,16 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         config_12 = config.keyed_config(num_steps=config.robust_steps)
         start = user_generators.init(root, 1, config_12)._replace(params=found.state.params)
         for name in _PERTURBATIONS:
-            timed(
-                name,
-                lambda name=name: user_generators.train_robust(
-                    root,
-                    start,
-                    keys[:1],
-                    _keyed.rng(config, 5),
-                    config_12,
-                    differentiable.draw(name),
-                ),
+            robust = functools.partial(
+                user_generators.train_robust,
+                root,
+                start,
+                keys[:1],
+                _keyed.rng(config, 5),
+                config_12,
+                differentiable.draw(name),
             )
+            timed(name, robust)
             bar.update()
     results = {
         "seconds": seconds,
@@ -121,7 +121,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
     """Table 4: minutes."""
     names = list(results["seconds"])
     here = [f"{value / 60:.3g}" for value in results["seconds"].values()]
-    rows = [["here", *here]]
+    rows: list[list[Any]] = [["here", *here]]
     for name, cells in _PAPER.items():
         rows.append([f"the paper, {name}", *(None if v is None else f"{v:g}" for v in cells)])
     return [

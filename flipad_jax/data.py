@@ -441,7 +441,7 @@ def _regions(width: int, height: int, *, flip_x: bool, flip_y: bool) -> dict[str
 class _Source(NamedTuple):
     """What crops of one split are cut from."""
 
-    index: int  # of the photograph
+    photo: int  # its number
     region: _Box
     max_side: int  # of a crop, before it is shrunk
 
@@ -479,7 +479,7 @@ def _photo_labels(
     """Which photograph crop i is from: word 0 of its draw, as in `_crop_photos`."""
     which = SPLITS.index(split)
     words = [_draw(1, seed, 1, which, i)[0] for i in range(num_images)]
-    return np.array([sources[_below(word, len(sources))].index for word in words], np.int32)
+    return np.array([sources[_below(word, len(sources))].photo for word in words], np.int32)
 
 
 def _crop_photos(

@@ -151,3 +151,26 @@ def test_mistakes_are_named(root, keys):
         user_generators.train(root, state, 2 * keys, np.ones(2), jax.random.key(0), CONFIG)
     with pytest.raises(ValueError, match="alpha"):
         KeyedConfig(alpha=1.0)
+
+
+def test_the_ladder_begins_where_a_perfect_model_is_seen():
+    """Against a scan of every rung; pixels at -1 lose nothing upwards, those at 1 everything."""
+    rng = np.random.default_rng(0)
+    key = rng.normal(size=40).astype(np.float32)
+    key /= np.linalg.norm(key)
+    x = np.clip(rng.normal(-0.8, 0.4, size=(500, 40)), -1, 1).astype(np.float32)
+    x -= (0.4 + x @ key)[:, None] * key  # all of them on the negative side, at various distances
+    x = np.clip(x + rng.normal(size=(500, 1)).astype(np.float32) * 0.05 * key, -1, 1)
+    config = KeyedConfig(delta=0.02, alpha=1.1)
+    real = np.full(100, -1.0)
+
+    def seen(gamma):
+        return (np.clip(x + gamma * key, -1, 1) @ key > 0).mean() / 2 + 0.5
+
+    d_max = 0.3
+    gamma = user_generators._first_gamma(x, key, d_max, real, config)
+    rung = np.log(gamma / d_max) / np.log(1.1)
+    assert rung == pytest.approx(round(rung), abs=1e-5) and rung > 0.5
+    assert seen(gamma) >= 0.98 > seen(gamma / 1.1)
+    # Real images on the wrong side: no gamma helps, the ladder begins where the paper's does.
+    assert user_generators._first_gamma(x, key, d_max, -real, config) == d_max

@@ -1,5 +1,7 @@
 """Keys: exact angles, compliance on images that were not seen, eq. 9 against another optimiser."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -98,6 +100,19 @@ def test_eq_9_is_solved():
     along = optimize.minimize_scalar(lambda s: value(s * np.asarray(found)), (0, 10)).fun
     best = optimize.minimize(value, np.asarray(found) * 2, method="Powell", options={"maxiter": 20})
     assert along <= best.fun + 0.01
+
+
+def test_the_excess_makes_responses_shorter_and_keeps_compliance():
+    plain = KeyConfig(num_steps=400, batch_size=64, learning_rate=1e-2)
+    found = {}
+    for excess in (0.0, 0.3):
+        config = dataclasses.replace(plain, excess=excess)
+        keys = user_keys.joint(jax.random.key(0), REAL, GENERATED, 2, config=config)
+        found[excess] = user_keys.describe(keys, images(2), images(3))
+    assert found[0.3].compliance.min() > 0.98
+    assert found[0.3].d_max.mean() < 0.8 * found[0.0].d_max.mean()
+    with pytest.raises(ValueError, match="excess"):
+        KeyConfig(excess=-1)
 
 
 def test_more_keys_are_nearer_to_the_data(keys):

@@ -36,6 +36,7 @@ __all__ = [
     "Extent",
     "ShiftLength",
     "allowed_cosine",
+    "assign",
     "attributability",
     "attribute",
     "certify",
@@ -387,7 +388,15 @@ def attribute(keys: np.ndarray | jax.Array, images: np.ndarray | jax.Array) -> A
     Raises:
       ValueError: for bad keys, images of another size, or NaN in an image.
     """
-    found = responses(keys, images)
+    return assign(responses(keys, images))
+
+
+def assign(found: np.ndarray) -> Attribution:
+    """`attribute`, of responses `[n, N]` that are there already.
+
+    Raises:
+      ValueError: for NaN or infinity.
+    """
     if not np.isfinite(found).all():
         bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
         raise ValueError(f"images {bad[:10].tolist()} hold NaN or infinity")

@@ -1,8 +1,9 @@
 """Which directions of image space a generator's weights reach ([P2] section 4, Figure 7).
 
-With J(z) the Jacobian of an image G(z; theta) with respect to the weights, `[D, P]`, the paper looks
-at M = E[J] E[J]^T, `[D, D]`: keys along its large eigenvalues are pictures, keys along its small
-ones look like noise, and d_max(phi), which decides how long a shift must be, grows with phi^T M phi.
+With J(z) the Jacobian of an image G(z; theta) with respect to the weights, `[D, P]`, the paper
+looks at M = E[J] E[J]^T, `[D, D]`: keys along its large eigenvalues are pictures, keys along its
+small ones look like noise, and d_max(phi), which decides how long a shift must be, grows with
+phi^T M phi.
 
 Neither J nor M is ever formed. E[J]^T v is the gradient of the mean image along v, E[J] u the
 derivative of the mean image along u, so M v costs two passes over a fixed set of latents, and

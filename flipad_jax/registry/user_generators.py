@@ -18,7 +18,8 @@ Deviations from the paper. Batch normalisation uses the root's running statistic
 in deployment: user and root are then the same function at the start and an image depends on its own
 latent only (the published code trains with batch statistics against a root without). Targets are
 clipped to [-1, 1], as no image can leave it. `search` goes on from the weights of the last round
-instead of starting again at theta_0.
+instead of starting again at theta_0, and leaves out the first rungs of the ladder, on which even a
+perfect model could not be seen (`_first_gamma`).
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flipad_jax import data
 from flipad_jax.generators import sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.registry import attributability
@@ -45,6 +47,8 @@ __all__ = [
     "train",
     "train_robust",
 ]
+
+_MAX_RUNGS = 60  # of a factor 1.1: a shift three hundred times as long as d_max
 
 Perturb = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -298,6 +302,33 @@ class Searched(NamedTuple):
     reached: np.ndarray
 
 
+def _first_gamma(
+    x: np.ndarray, key: np.ndarray, d_max: float, real: np.ndarray, config: KeyedConfig
+) -> float:
+    """The first rung of the ladder d_max alpha^k on which the targets themselves are seen.
+
+    Pixels are clipped, so a shift of gamma moves an image by less than gamma; where even a model
+    that hit clip(x + gamma phi) exactly were not distinguishable, none needs to be trained.
+
+    Args:
+      x: `[n, D]` float32, images of the root.
+      key: `[D]`.
+      d_max: of the key.
+      real: responses of real images.
+      config: settings.
+    """
+    gamma = d_max
+    wanted = 2 * (1 - config.delta) - float((real < 0).mean())  # share of own images above zero
+    if wanted > 1:
+        return d_max  # no gamma is long enough: real images are on the wrong side
+    for _ in range(_MAX_RUNGS):
+        seen = (np.clip(x + np.float32(gamma) * key, -1, 1) @ key > 0).mean()
+        if seen >= wanted:
+            return gamma
+        gamma *= config.alpha
+    return d_max  # beyond the range of the pixels: Algorithm 1 as it is will report it
+
+
 def search(
     root: TrainedGenerator,
     keys: np.ndarray,
@@ -333,7 +364,13 @@ def search(
     d_max = attributability.extent(keys, [np.asarray(real), images]).d_max
     real_responses = attributability.responses(keys, real)
     num = len(keys)
-    gammas = d_max.astype(np.float64)
+    x = data.to_float(images).reshape(num_images, -1)
+    gammas = np.array(
+        [
+            _first_gamma(x, key.ravel(), float(longest), seen, config)
+            for key, longest, seen in zip(keys, d_max, real_responses.T)
+        ]
+    )
     found = np.zeros(num)
     rounds = np.zeros(num, np.int64)
     open_users = np.arange(num)

@@ -11,7 +11,8 @@ that Theorem 2 allows; right angles are the paper's rule. Two ways to find them:
     Deviations of the published code are not followed: its sign is the opposite one, its penalty is
     two-sided, its keys are never normalised.
 
-*   `joint` finds all keys at once and exactly at the wanted angle. Keys are Phi = T U with U
+*   `joint` finds all keys at once and exactly at the wanted angle, and by default keeps responses
+    from being larger than they need to be (`KeyConfig.excess`). Keys are Phi = T U with U
     orthonormal and T the fixed root of the wanted Gram matrix (1 on the diagonal, `cosine`
     elsewhere), so there is no penalty: Adam moves U along the hinge of Phi, and a polar
     decomposition brings it back to orthonormal rows after every step. Earlier keys are left alone:
@@ -41,6 +42,7 @@ from flipad_jax import files
 from flipad_jax.registry import attributability
 
 __all__ = [
+    "JOINT",
     "KeyConfig",
     "KeyRecord",
     "describe",
@@ -63,18 +65,30 @@ class KeyConfig:
       batch_size: images per step, half real and half generated.
       learning_rate: of Adam; betas (0.9, 0.99), [P2] Table 3.
       margin: of the hinge, in units of phi^T x; the paper's 1.
+      excess: weight of max(-phi^T x - 2 margin, 0), which the paper does not have: responses
+        further from zero than compliance needs make d_max, and with it every shift, longer than it
+        needs to be. 0 for the paper's objective.
     """
 
     num_steps: int = 600
     batch_size: int = 256
     learning_rate: float = 1e-3
     margin: float = 1.0
+    excess: float = 0.0
 
     def __post_init__(self):
         if self.num_steps < 1 or self.batch_size < 2:
             raise ValueError(f"{self.num_steps=} must be positive, {self.batch_size=} at least 2")
-        if not (self.learning_rate > 0 and self.margin >= 0):
-            raise ValueError(f"{self.learning_rate=} must be positive, {self.margin=} not negative")
+        if not (self.learning_rate > 0 and self.margin >= 0 and self.excess >= 0):
+            raise ValueError(
+                f"{self.learning_rate=} must be positive, {self.margin=} and {self.excess=} not "
+                "negative"
+            )
+
+
+# What `joint` does without being told: the excess makes d_max of 20 keys of digits 2.1, where it
+# was 7.3, all of them compliant on held-out digits in both cases.
+JOINT = KeyConfig(learning_rate=3e-3, excess=0.3)
 
 
 def _float(images: jax.Array) -> jax.Array:
@@ -126,9 +140,13 @@ def _draw(rng: jax.Array, real: jax.Array, generated: jax.Array, batch_size: int
     return jnp.concatenate([_float(first), _float(second)])
 
 
-def _hinge(keys: jax.Array, images: jax.Array, margin: float) -> jax.Array:
-    """E max(margin + phi^T x, 0), summed over keys."""
-    return jnp.maximum(margin + images @ keys.T, 0).mean(axis=0).sum()
+def _hinge(keys: jax.Array, images: jax.Array, config: KeyConfig) -> jax.Array:
+    """E max(margin + phi^T x, 0), and the excess on the other side, summed over keys."""
+    found = images @ keys.T
+    loss = jnp.maximum(config.margin + found, 0)
+    if config.excess:
+        loss += config.excess * jnp.maximum(-found - 2 * config.margin, 0)
+    return loss.mean(axis=0).sum()
 
 
 def _adam(config: KeyConfig) -> optax.GradientTransformation:
@@ -143,7 +161,7 @@ def _solve_one(rng, real, generated, earlier, earlier_count, config):
 
     def loss(key, images):
         cosines = jnp.where(counts, earlier @ key, 0)
-        return _hinge(key[None], images, config.margin) + jnp.maximum(cosines, 0).sum()
+        return _hinge(key[None], images, config) + jnp.maximum(cosines, 0).sum()
 
     def step(carry, step_rng):
         key, state = carry
@@ -221,7 +239,7 @@ def _solve_all(rng, real, generated, earlier, start, mixing, config):
     def step(carry, step_rng):
         u, state = carry
         images = _draw(step_rng, real, generated, config.batch_size)
-        gradient = jax.grad(lambda u: _hinge(mixing @ u, images, config.margin))(u)
+        gradient = jax.grad(lambda u: _hinge(mixing @ u, images, config))(u)
         # What the constraint takes back at once must not fill Adam's memory.
         gram = gradient @ u.T
         gradient = off(gradient - 0.5 * (gram + gram.T) @ u)
@@ -241,7 +259,7 @@ def joint(
     *,
     earlier: np.ndarray | None = None,
     cosine: float = 0.0,
-    config: KeyConfig = KeyConfig(learning_rate=3e-3),
+    config: KeyConfig = JOINT,
 ) -> np.ndarray:
     """All keys as one problem, every pair exactly at the wanted angle.
 

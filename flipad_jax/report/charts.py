@@ -55,15 +55,15 @@ def scatter_panels(panels: Sequence[Panel]) -> "Figure":
         for axes, panel in zip(all_axes, panels):
             shown = []
             for k, (name, (x, y)) in enumerate(panel.points.items()):
-                x, y = np.asarray(x, float), np.asarray(y, float)
-                kept = np.isfinite(x) & np.isfinite(y)
+                place = np.stack([np.asarray(x, float), np.asarray(y, float)])
+                place = place[:, np.isfinite(place).all(axis=0)]
                 colour = (figures._OWN, *figures._COLOURS)[k % 7]
                 marker = figures._MARKERS[k % 6]
                 axes.plot(
-                    x[kept], y[kept], ls="none", marker=marker, ms=3.2, color=colour, alpha=0.8,
+                    *place, y[kept], ls="none", marker=marker, ms=3.2, color=colour, alpha=0.8,
                     mec="white", mew=0.3, label=printable(name),
                 )  # fmt: skip
-                shown += [*x[kept], *y[kept]]
+                shown += [**place, *y[kept]]
             if panel.diagonal and shown:
                 ends = (min(shown), max(shown))
                 axes.plot(ends, ends, color=figures._SOFT, lw=0.8, ls=":")

@@ -19,7 +19,7 @@ from flipad_jax import conventions, files
 from flipad_jax.generators import dcgan, ebgan, lsgan, training, wgan_gp
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["FAMILIES", "load", "load_file", "make", "names", "record", "save_file"]
+__all__ = ["FAMILIES", "load", "load_file", "make", "names", "record", "record_file", "save_file"]
 
 FAMILIES = {
     "dcgan": dcgan.dcgan,
@@ -99,14 +99,23 @@ def load_file(path: str | os.PathLike) -> TrainedGenerator:
     Raises:
       ValueError: if the file is not one.
     """
+    entry = record_file(path)
+    with open(path, "rb") as file:
+        return _build(entry, file.read())
+
+
+def record_file(path: str | os.PathLike) -> dict[str, Any]:
+    """How a generator written by `save_file` was made: its `entry`.
+
+    Raises:
+      ValueError: if the file is not one.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             metadata = file.metadata() or {}
-        entry = json.loads(metadata["generator"])
-        with open(path, "rb") as file:
-            return _build(entry, file.read())
+        return json.loads(metadata["generator"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a generator saved by flipad_jax: {error}") from error
 
