@@ -58,12 +58,18 @@ def scatter_panels(panels: Sequence[Panel]) -> "Figure":
                 place = np.stack([np.asarray(x, float), np.asarray(y, float)])
                 place = place[:, np.isfinite(place).all(axis=0)]
                 colour = (figures._OWN, *figures._COLOURS)[k % 7]
-                marker = figures._MARKERS[k % 6]
                 axes.plot(
-                    *place, y[kept], ls="none", marker=marker, ms=3.2, color=colour, alpha=0.8,
-                    mec="white", mew=0.3, label=printable(name),
-                )  # fmt: skip
-                shown += [**place, *y[kept]]
+                    *place,
+                    ls="none",
+                    marker=figures._MARKERS[k % 6],
+                    ms=3.2,
+                    color=colour,
+                    alpha=0.8,
+                    mec="white",
+                    mew=0.3,
+                    label=printable(name),
+                )
+                shown += place.ravel().tolist()
             if panel.diagonal and shown:
                 ends = (min(shown), max(shown))
                 axes.plot(ends, ends, color=figures._SOFT, lw=0.8, ls=":")
