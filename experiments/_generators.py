@@ -27,8 +27,14 @@ RECIPES = ("paper", "small", "tiny")
 
 # [P1] E.1, (CelebA, LSUN): passes over the training images.
 _PAPER_EPOCHS = {"dcgan": (50, 10), "wgan_gp": (200, 10), "lsgan": (100, 10), "ebgan": (100, 5)}
-# What two cores train in minutes: steps by family, and narrow networks where images are large.
-_SMALL_STEPS = {"dcgan": 2500, "wgan_gp": 1000, "lsgan": 750, "ebgan": 1500}
+# What two cores train in minutes: steps by family for (grey, colour) images, and narrow networks
+# where images are large.
+_SMALL_STEPS = {
+    "dcgan": (2500, 1500),
+    "wgan_gp": (1000, 500),
+    "lsgan": (750, 750),
+    "ebgan": (1500, 1000),
+}
 _SMALL_64: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "dcgan": ((64, 64, 32, 32), (16, 32, 64, 64)),
     "wgan_gp": ((64, 64, 32, 32), (16, 32, 64, 64)),
@@ -50,7 +56,13 @@ class Recipe(NamedTuple):
 
 
 def recipe(
-    name: str, family: str, convention: str, dataset: str, image_size: int, num_images: int
+    name: str,
+    family: str,
+    convention: str,
+    dataset: str,
+    image_size: int,
+    num_images: int,
+    channels: int,
 ) -> Recipe:
     """The recipe of that name.
 
@@ -63,6 +75,7 @@ def recipe(
       dataset: decides between the paper's epochs for CelebA (all others take these) and LSUN.
       image_size: side of the images.
       num_images: training images, which make epochs into steps.
+      channels: of an image.
     """
     if name == "paper":
         epochs = _PAPER_EPOCHS[family][dataset.startswith("lsun")]
@@ -73,7 +86,7 @@ def recipe(
     if name == "tiny":
         return Recipe(8, convention, 2, 8, "tiny")
     features, discriminator_features = _SMALL_64[family] if image_size == 64 else ((), ())
-    steps = _SMALL_STEPS[family]
+    steps = _SMALL_STEPS[family][channels > 1]
     return Recipe(64, convention, steps, 64, "small", features, discriminator_features)
 
 
@@ -86,6 +99,7 @@ def gan(settings: Any, family: str, shape: tuple[int, ...]) -> tuple[training.Ga
         settings.dataset,
         settings.image_size,
         shape[0],
+        shape[3],
     )
     model = train_generator.gan(
         family,
