@@ -123,6 +123,7 @@ def _hand_out_keys(config, record: Run, registry, images) -> ledger.Registry:
     new = [name for name in names if name not in registry.names]
     if not new:
         return registry
+    ledger.check_names(registry, new)
     first = len(registry.users)
     rng = _keyed.rng(config, 1, first)
     make = user_keys.joint if config.key_method == "joint" else user_keys.sequential

@@ -34,6 +34,7 @@ __all__ = [
     "Registry",
     "User",
     "add_users",
+    "check_names",
     "create",
     "load",
     "load_model",
@@ -171,7 +172,7 @@ def add_users(registry: Registry, names: Sequence[str], keys: np.ndarray) -> Reg
             f"{len(names)} users and keys {keys.shape}: expected one each, of the size of the "
             f"root's images, {registry.root.image_shape}"
         )
-    _check_names(registry, names)
+    check_names(registry, names)
     everybody = np.concatenate([registry.keys, np.asarray(keys, np.float32)])
     users = (*registry.users, *(User(name) for name in names))
     ledger = _read(registry.path)
@@ -250,7 +251,12 @@ def user_index(registry: Registry, name: str) -> int:
     return registry.names.index(name)
 
 
-def _check_names(registry: Registry, names: Sequence[str]) -> None:
+def check_names(registry: Registry, names: Sequence[str]) -> None:
+    """Refuse what `add_users` would refuse, before keys are computed.
+
+    Raises:
+      ValueError: for a name that is taken, doubled or cannot name a file.
+    """
     for name in names:
         if not _NAME.fullmatch(name):
             raise ValueError(
