@@ -66,7 +66,7 @@ class Settings:
     key_method: str = setting(
         "joint", "All keys as one problem, or eq. 9 one after the other.", choices=KEY_METHODS
     )
-    key_steps: int = setting(600, "Steps of Adam for the keys.", lower_bound=1)
+    key_steps: int = setting(300, "Steps of Adam for the keys.", lower_bound=1)
     num_generated: int = setting(
         4000, "Images of the root that keys are optimised on, as many real ones.", lower_bound=8
     )

@@ -146,3 +146,6 @@ def test_mistakes_are_named(keys):
         user_keys.sequential(rng, REAL[:, :5], GENERATED[:, :5], 1, earlier=keys)
     with pytest.raises(ValueError, match="right angles"):
         user_keys.joint(rng, REAL, GENERATED, 1, earlier=keys, cosine=0.5)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        config = KeyConfig(num_steps=50, batch_size=32, learning_rate=3.0)
+        user_keys.joint(rng, REAL, GENERATED, 20, config=config)

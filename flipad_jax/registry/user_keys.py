@@ -88,7 +88,7 @@ class KeyConfig:
 
 # What `joint` does without being told: the excess makes d_max of 20 keys of digits 2.1, where it
 # was 7.3, all of them compliant on held-out digits in both cases.
-JOINT = KeyConfig(learning_rate=3e-3, excess=0.3)
+JOINT = KeyConfig(num_steps=200, learning_rate=3e-3, excess=0.3)
 
 
 def _float(images: jax.Array) -> jax.Array:
@@ -274,6 +274,7 @@ def joint(
       `[num_keys, ...]` float32, each of norm 1; cosines within 1e-6 of the wanted one.
     Raises:
       ValueError: for images or keys that do not fit, or more keys than dimensions.
+      FloatingPointError: if the keys diverge, as a learning rate that is far too high makes them.
     """
     real, generated, shape = _check_data(real, generated)
     before = _check_earlier(earlier, shape)
@@ -307,7 +308,13 @@ def joint(
         jnp.asarray(mixing, jnp.float32),
         config,
     )
-    keys = mixing @ _orthonormal(np.asarray(u, np.float64), basis)
+    u = np.asarray(u, np.float64)
+    if not np.isfinite(u).all():
+        raise FloatingPointError(
+            f"the keys diverged: steps of {config.learning_rate:g} are too long to stay near right "
+            "angles; lower the learning rate"
+        )
+    keys = mixing @ _orthonormal(u, basis)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     return keys.astype(np.float32).reshape(num_keys, *shape)
 
