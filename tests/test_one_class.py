@@ -8,6 +8,7 @@ from sklearn.decomposition import PCA
 
 from flipad_jax import metrics
 from flipad_jax.detection import impostor_classifier, one_class
+from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 
@@ -161,3 +162,29 @@ def test_a_classifier_is_one_statistic_more(fitted):
     for wrong in (None, images[:3]):
         with pytest.raises(ValueError, match="needs the 20 images"):
             one_class.score(model, test, wrong)
+
+
+def test_activations_on_disk_give_the_same_detector():
+    """Against the exact decomposition: the span of the directions, and the scores of images."""
+    rng = np.random.default_rng(0)
+    shape, num = (4, 4, 6), 400
+    mixing = rng.normal(size=(96, 96)) * 0.7 ** np.arange(96)  # variances that fall by half
+    z = (rng.normal(size=(num + 200, 96)) @ mixing.T).reshape(-1, *shape).astype(np.float32)
+    own, reference = z[:num], z[num : num + 100]
+    config = OneClassConfig(num_components=12, batch_size=32)
+    on_disk = []
+    for part in (own, reference):
+        rows = FeatureRows(part.shape, in_memory=0)
+        rows[0 : len(part)] = part
+        assert rows.on_disk
+        on_disk.append(rows)
+    exact = one_class.fit(own, reference, config)
+    streamed = one_class.fit(*on_disk, config)
+    both = exact.directions.T @ streamed.directions
+    assert np.linalg.svd(both, compute_uv=False).min() > 0.999
+    np.testing.assert_allclose(streamed.mean, exact.mean, atol=1e-5)
+    found, known = (one_class.statistics(m, z[num + 100 :]) for m in (streamed, exact))
+    np.testing.assert_allclose(found, known, rtol=1e-2)
+    on_disk[0][0:1] = np.full((1, *shape), np.nan, np.float32)
+    with pytest.raises(ValueError, match=r"own activations \[0\] hold NaN"):
+        one_class.fit(*on_disk, config)

@@ -353,6 +353,14 @@ def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
     return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
 
 
+def _rows(batches, count: int, layer: FinalLayer) -> FeatureRows:
+    """Activations of all images, in memory or, if they are large, in a temporary file."""
+    rows = FeatureRows((count, *layer.operator.input_shape))
+    for start, batch in batches:
+        rows[start : start + len(batch)] = batch
+    return rows
+
+
 def fit(
     layer: FinalLayer,
     z_bar: np.ndarray | jax.Array,
@@ -433,17 +441,12 @@ def fit(
     if config.detector == "one_class":
         reference, fitting = rest[:num_calibration], rest[num_calibration:]
         inverted = fitting if impostors is None else fitting[: config.num_inverted]
-        chosen = generated[np.concatenate([reference, inverted])]
-        own = np.empty((len(chosen), *layer.operator.input_shape), np.float32)
-        for start, batch in raw(chosen, "inverting own images"):
-            own[start : start + len(batch)] = batch
-        fitted_on = own[num_calibration:]
-        parts = range(0, len(fitted_on), config.batch_size)
-        profile = _profile(
-            functools.reduce(
-                _merge_moments, (_moments(fitted_on[i : i + config.batch_size]) for i in parts)
-            )
+        fitted_on, held_out = (
+            _rows(raw(generated[part], "inverting own images"), len(part), layer)
+            for part in (inverted, reference)
         )
+        moments = map(_moments, fitted_on.batches(config.batch_size))
+        profile = _profile(functools.reduce(_merge_moments, moments))
         classifier = None
         if impostors is not None:
             classifier = impostor_classifier.fit(
@@ -456,8 +459,8 @@ def fit(
                 ),
             )
         detector = one_class.fit(
-            own[num_calibration:],
-            own[:num_calibration],
+            fitted_on,
+            held_out,
             config.one_class,
             classifier=classifier,
             reference_images=generated[reference],

@@ -40,6 +40,7 @@ from flax import struct
 from jax import lax
 
 from flipad_jax.detection import impostor_classifier
+from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.impostor_classifier import ImpostorClassifier
 
 __all__ = ["STATISTICS", "Gaussian", "OneClass", "OneClassConfig", "fit", "score", "statistics"]
@@ -154,7 +155,9 @@ _statistics_batch = jax.jit(jax.vmap(_statistics_of_one, in_axes=(None, 0, 0)))
 _channel_moments_batch = jax.jit(jax.vmap(_channel_moments))
 
 
-def _check(name: str, z: np.ndarray | jax.Array, shape: tuple[int, ...] | None = None) -> None:
+def _check(
+    name: str, z: np.ndarray | jax.Array | FeatureRows, shape: tuple[int, ...] | None = None
+) -> None:
     if (
         z.ndim != 4
         or not jnp.issubdtype(z.dtype, jnp.floating)
@@ -166,7 +169,7 @@ def _check(name: str, z: np.ndarray | jax.Array, shape: tuple[int, ...] | None =
         )
 
 
-def _batches(z: np.ndarray, batch_size: int):
+def _batches(z: np.ndarray | FeatureRows, batch_size: int):
     """Batches of one shape (the last filled up with its last image), and how many of each count."""
     for start in range(0, z.shape[0], batch_size):
         batch = np.asarray(z[start : start + batch_size], np.float32)
@@ -175,8 +178,8 @@ def _batches(z: np.ndarray, batch_size: int):
 
 
 def fit(
-    own: np.ndarray,
-    reference: np.ndarray,
+    own: np.ndarray | FeatureRows,
+    reference: np.ndarray | FeatureRows,
     config: OneClassConfig = OneClassConfig(),
     *,
     classifier: ImpostorClassifier | None = None,
@@ -185,7 +188,8 @@ def fit(
     """Fit the statistics on one set of own images and their tail probabilities on another.
 
     Args:
-      own: z' = z - z_bar of own images, `[n, h, w, c]` floating point.
+      own: z' = z - z_bar of own images, `[n, h, w, c]` floating point. Of a `FeatureRows` that lies
+        on disk never more than a batch is in memory.
       reference: the same of other own images, `[m, h, w, c]`; shares no image with `own`.
       config: settings.
       classifier: network of the fourth statistic; it has not seen the reference.
@@ -207,7 +211,11 @@ def fit(
             "it needs at least 30 and 20, and is good from about 1000 and 500 on"
         )
     for name, z in (("own", own), ("reference", reference)):
-        bad = np.flatnonzero(~np.isfinite(np.asarray(z)).all(axis=(1, 2, 3)))
+        finite = [
+            np.isfinite(batch[:count]).all(axis=(1, 2, 3))
+            for batch, count in _batches(z, config.batch_size)
+        ]
+        bad = np.flatnonzero(~np.concatenate(finite))
         if bad.size:
             raise ValueError(
                 f"{name} activations {bad[:10].tolist()} hold NaN or infinity ({bad.size} in all)"
@@ -230,10 +238,12 @@ def fit(
         for batch, count in _batches(own, config.batch_size)
     ]
     channel_moments, quantiles = (np.concatenate(parts) for parts in zip(*described))
-    mean, directions = _principal_directions(
-        jnp.asarray(own, jnp.float32).reshape(own.shape[0], -1),
-        min(config.num_components, own.shape[0] // 3, math.prod(shape) // 2),
-    )
+    num_components = min(config.num_components, own.shape[0] // 3, math.prod(shape) // 2)
+    if isinstance(own, FeatureRows) and own.on_disk:
+        mean, directions = _streamed_directions(own, num_components, config.batch_size)
+    else:
+        rows = jnp.asarray(own[:], jnp.float32).reshape(own.shape[0], -1)
+        mean, directions = _principal_directions(rows, num_components)
     model = OneClass(
         mean=mean,
         directions=directions,
@@ -263,7 +273,51 @@ def _principal_directions(x: jax.Array, num_components: int) -> tuple[jax.Array,
     return mean, jnp.linalg.qr(directions)[0]
 
 
-def statistics(model: OneClass, z: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
+_OVERSAMPLING = 20  # directions more than are kept
+_PASSES = 4
+
+
+@jax.jit
+def _covariance_times(batch: jax.Array, mean: jax.Array, basis: jax.Array):
+    """What a batch adds to C Q and to Q^T C Q, C the scatter matrix of the rows."""
+    centred = batch.reshape(batch.shape[0], -1) - mean
+    inside = jnp.dot(centred, basis, precision=lax.Precision.HIGHEST)
+    return (
+        jnp.dot(centred.T, inside, precision=lax.Precision.HIGHEST),
+        jnp.dot(inside.T, inside, precision=lax.Precision.HIGHEST),
+    )
+
+
+def _streamed_directions(
+    rows: FeatureRows, num_components: int, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """`_principal_directions` of rows that lie on disk, by subspace iteration.
+
+    Every pass reads the rows once and multiplies a random basis, somewhat larger than what is kept,
+    by the scatter matrix. Directions of nearly equal variance may come out mixed, which leaves the
+    residual statistic as it is: it sees their span.
+    """
+    size = math.prod(rows.shape[1:])
+    total = np.zeros(size)
+    for batch in rows.batches(batch_size):
+        total += batch.reshape(len(batch), -1).sum(axis=0, dtype=np.float64)
+    mean = jnp.asarray(total / len(rows), jnp.float32)
+    width = min(num_components + _OVERSAMPLING, size)
+    basis = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (size, width), jnp.float32))[0]
+    for _ in range(_PASSES):
+        product, small = jnp.zeros((size, width)), jnp.zeros((width, width))
+        for batch in rows.batches(batch_size):
+            more, within = _covariance_times(jnp.asarray(batch), mean, basis)
+            product, small = product + more, small + within
+        _, vectors = jnp.linalg.eigh(small)
+        directions = basis @ vectors[:, ::-1][:, :num_components]
+        basis = jnp.linalg.qr(product)[0]
+    return mean, jnp.linalg.qr(directions)[0]
+
+
+def statistics(
+    model: OneClass, z: np.ndarray | FeatureRows, images: np.ndarray | None = None
+) -> np.ndarray:
     """The statistics of `STATISTICS`, each positive and higher = less likely ours.
 
     Args:
@@ -292,7 +346,7 @@ def statistics(model: OneClass, z: np.ndarray, images: np.ndarray | None = None)
     return np.concatenate([found, odds[:, None]], axis=1)
 
 
-def _activation_statistics(model: OneClass, z: np.ndarray) -> np.ndarray:
+def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.ndarray:
     rows = [np.zeros((0, 3), np.float32)]
     for batch, count in _batches(z, model.config.batch_size):
         quantiles = _quantiles(batch, model.config.quantiles)
