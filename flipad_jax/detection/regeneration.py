@@ -302,8 +302,7 @@ def regenerate(
       ValueError: for images that are not uint8 or not of the generator's size, or a generator that
         knows no forward mode.
     """
-    shape = getattr(generator, "image_shape", None) or _image_shape(generator)
-    data.check_images(images, shape=shape)
+    data.check_images(images, shape=_checked_shape(generator))
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, as files hold them, got {images.dtype}")
     count = len(images)
@@ -342,14 +341,27 @@ def _round_all(generator, z):
     return jnp.clip(jnp.round(made), 0, 255).astype(jnp.uint8)
 
 
-def _image_shape(generator: LatentGenerator) -> tuple[int, int, int]:
-    z = jax.ShapeDtypeStruct((1, generator.latent_dim), jnp.float32)
-    shape = jax.eval_shape(generator.apply, generator.params, z).shape
-    if len(shape) != 4 or shape[0] != 1:
+def _checked_shape(generator: TrainedGenerator | LatentGenerator) -> tuple[int, int, int]:
+    """Shape of its images; refuses what cannot be differentiated, before anything is computed."""
+    z = jax.ShapeDtypeStruct((generator.latent_dim,), jnp.float32)
+    if isinstance(generator, LatentGenerator):
+        batch = jax.ShapeDtypeStruct((1, generator.latent_dim), jnp.float32)
+        made = jax.eval_shape(generator.apply, generator.params, batch).shape
+        if len(made) != 4 or made[0] != 1:
+            raise ValueError(
+                f"the generator makes {made} of one latent, expected one image [1, h, w, c]"
+            )
+
+    def derivative(generator, z):
+        return jax.jvp(functools.partial(_levels, generator), (z,), (z,))[1]
+
+    try:
+        return jax.jit(derivative).lower(generator, z).out_info.shape
+    except TypeError as error:
         raise ValueError(
-            f"the generator makes {shape} of one latent, expected one image [1, h, w, c]"
-        )
-    return shape[1:]
+            "the generator knows no forward-mode derivative, which the Jacobian is made of "
+            f"(of this library: DCGAN, WGAN-GP, EBGAN): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _search(generator, images, start_at, config, best: Regenerated, progress) -> None:
