@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from experiments import _generators, _plan
-from experiments._config import Run, setting
+from experiments._config import Run, check_once, setting
 from experiments._generators import FAMILY_NAMES
 from experiments._record import write_atomically
 from flipad_jax import __version__, conventions, data, inception, metrics, perturbations
@@ -47,7 +47,6 @@ __all__ = [
     "Sources",
     "cell",
     "check",
-    "check_once",
     "model",
     "plan",
     "real_images",
@@ -224,18 +223,6 @@ class _Question(NamedTuple):
     def own(self, count: int) -> np.ndarray:
         """The first images of our generator's stream, as they are seen."""
         return self.treated(sampling.generate(self.ours.generator, _own_rng(self.ours), count), 0)
-
-
-def check_once(settings: Any, *names: str) -> None:
-    """Refuse settings that hold nothing, or a value twice.
-
-    Raises:
-      ValueError: naming the setting.
-    """
-    for name in names:
-        values = getattr(settings, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{name}={','.join(map(str, values))}: give each one once")
 
 
 def check(settings: Settings) -> None:

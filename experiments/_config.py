@@ -16,7 +16,9 @@ An experiment is a module of this package whose name does not start with an unde
     def default_workdir(config: Config) -> str: ...     # optional: in place of runs/NAME-PRESET
     def plan(config: Config) -> list[Stage]: ...        # optional: what --plan counts, see _plan.py
     CHANGEABLE = ("fnr",)   # optional: every start runs anew, on what the workdir keeps, and
-                            # these settings may differ from those of the last start
+                            # these settings may differ from those of the last start; the others
+                            # are remembered where --workdir is given
+    PRECIOUS = "keys.json"  # optional: a workdir with this file is never overwritten
 
 A setting is an int, float, bool, str or a tuple of int, float or str. The flags live in a
 FlagValues of their own, never in `absl.flags.FLAGS`, so that nothing leaks between runs in one
@@ -50,9 +52,25 @@ from typing import Any
 
 from absl import flags, logging
 
-from experiments._record import Progress, Run, UsageError, open_workdir, read_results
+from experiments._record import (
+    Progress,
+    Run,
+    UsageError,
+    open_workdir,
+    read_flags,
+    read_results,
+)
 
-__all__ = ["Progress", "Run", "UsageError", "execute", "main", "make_config", "setting"]
+__all__ = [
+    "Progress",
+    "Run",
+    "UsageError",
+    "check_once",
+    "execute",
+    "main",
+    "make_config",
+    "setting",
+]
 
 DEFAULT_EXPERIMENT = "demo"
 DEFAULT_PRESET = "demo"
@@ -78,6 +96,7 @@ _USER_ERRORS = (
     NotADirectoryError,
     IsADirectoryError,
     PermissionError,
+    FloatingPointError,  # a training that diverged: its message says of what, and what to change
 )
 
 
@@ -269,6 +288,18 @@ def _define_settings(
     return settings
 
 
+def check_once(settings: Any, *names: str) -> None:
+    """Refuse settings that hold nothing, or a value twice.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"--{name}={','.join(map(str, values))}: give each one once")
+
+
 def make_config(module: types.ModuleType, preset: str = DEFAULT_PRESET, **overrides: Any) -> Any:
     """The Config of an experiment at a preset, with single settings replaced.
 
@@ -366,7 +397,12 @@ def execute(
     summary = getattr(module, "summary", None)
     changeable = getattr(module, "CHANGEABLE", None)
     with open_workdir(
-        workdir, texts, overwrite=overwrite, commit=commit, changeable=changeable or ()
+        workdir,
+        texts,
+        overwrite=overwrite,
+        commit=commit,
+        changeable=changeable or (),
+        precious=getattr(module, "PRECIOUS", None),
     ) as record:
         results = read_results(record.workdir) if changeable is None else None
         if results is not None:
@@ -453,18 +489,34 @@ def _show_plan(
     print(_plan.report(shlex.join(words), plan(config)), flush=True)
 
 
+def _remembered(module: types.ModuleType, early: flags.FlagValues) -> dict[str, str]:
+    """Settings of the workdir that a changeable experiment goes on in, but for the changeable."""
+    changeable = getattr(module, "CHANGEABLE", None)
+    if changeable is None or not early.workdir or early.overwrite:
+        return {}
+    texts = read_flags(early.workdir) or {}
+    if texts.get("experiment") != early.experiment:
+        return {}
+    return {name: text for name, text in texts.items() if name not in changeable}
+
+
 def _run(argv: Sequence[str], package: str) -> int:
     early = _common_flags()  # Experiment and preset decide which other flags there are.
     early(argv, known_only=True)
     names = _names(package)
     module = _find(early.experiment, package)
+    remembered = _remembered(module, early)
+    preset = early.preset if early["preset"].present else remembered.get("preset", early.preset)
     presets = list(dict.fromkeys([*getattr(module, "PRESETS", {}), DEFAULT_PRESET]))
     values = _common_flags(f"Named set of sizes: {', '.join(presets)}.")
-    settings = _define_settings(values, module, early.preset)
+    settings = _define_settings(values, module, preset)
     if early.help:
-        print(_help(names, early.experiment, early.preset, values, settings), flush=True)
+        print(_help(names, early.experiment, preset, values, settings), flush=True)
         return 0
     rest = values(argv)[1:]
+    for name, flag in settings.items():
+        if not flag.present and name in remembered:
+            flag.value = flag.parser.parse(remembered[name])
     if rest:
         hint = f"; did you mean --experiment={rest[0]}?" if rest[0] in names else ""
         raise UsageError(f"unexpected argument {rest[0]!r}: flags are --name=value{hint}")
@@ -474,7 +526,7 @@ def _run(argv: Sequence[str], package: str) -> int:
     logging.use_absl_handler()
     config = module.Config(**{name: flag.value for name, flag in settings.items()})
     if values.plan:
-        _show_plan(module, early.experiment, early.preset, config, settings)
+        _show_plan(module, early.experiment, preset, config, settings)
         return 0
     default_workdir = getattr(module, "default_workdir", None)
     execute(
@@ -482,8 +534,8 @@ def _run(argv: Sequence[str], package: str) -> int:
         config,
         workdir=values.workdir
         or (default_workdir and default_workdir(config))
-        or f"runs/{early.experiment}-{early.preset}",
-        preset=early.preset,
+        or f"runs/{early.experiment}-{preset}",
+        preset=preset,
         overwrite=values.overwrite,
         command=argv,
     )

@@ -31,18 +31,22 @@ __all__ = [
     "Images",
     "Measured",
     "Settings",
+    "PAPER",
     "UserModel",
     "check",
     "features_name",
     "frechet_statistics",
     "load_images",
     "load_root",
+    "keys_text",
     "make_keys",
     "make_models",
     "mean_std",
     "measure",
+    "measured_text",
+    "models_text",
     "rng",
-    "settings_text",
+    "root_test_images",
     "weights_of",
     "with_weights",
 ]
@@ -123,6 +127,7 @@ SMOKE: dict[str, Any] = {
 
 # MNIST in the paper: 10 epochs of its 60 000 images, batch 16 ([P2] Table 3).
 PAPER: dict[str, Any] = {
+    "root": "",  # to be trained on all of MNIST: none ships
     "dataset": "mnist",
     "num_users": 100,
     "key_method": "sequential",
@@ -153,6 +158,11 @@ def check(settings: Settings) -> None:
     """
     if settings.features == "inception" and not settings.inception_weights:
         raise ValueError("--features=inception needs --inception_weights=FILE")
+    if not settings.root:
+        raise ValueError(
+            "--root is missing: a file of --experiment=train_generator, trained on the same data "
+            f"set, or a generator of the zoo: {', '.join(zoo.names())}"
+        )
     settings.keyed_config()
     settings.key_config()
 
@@ -247,6 +257,11 @@ def make_keys(
     return record.stage(name, compute, text=f"{count} keys ({method})")["keys"]
 
 
+def root_test_images(settings: Settings, root: TrainedGenerator) -> np.ndarray:
+    """Images of G_0, `num_test` of them, that no key and no model was made of."""
+    return sampling.generate(root, rng(settings, 4), settings.num_test)
+
+
 class UserModel(NamedTuple):
     """A keyed model as Algorithm 1 left it."""
 
@@ -288,10 +303,13 @@ def make_models(
                 )
             )
             if not found[-1].reached:
+                why = (
+                    f"after {found[-1].rounds} rounds: more --max_rounds, or more --num_steps"
+                    if found[-1].rounds
+                    else "with any gamma: too many real images are on its side of the key"
+                )
                 record.warn(
-                    f"{name} {first + index + 1} is not distinguishable (D below "
-                    f"{1 - settings.delta:g}) after {found[-1].rounds} rounds: more --max_rounds, "
-                    "or more --num_steps"
+                    f"{name} {first + index}: D is not {1 - settings.delta:g} or more {why}"
                 )
     return found
 
@@ -474,14 +492,37 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
     return f"{array.mean():.{digits}f} ({deviation:.{digits}f})"
 
 
-def settings_text(settings: Settings) -> str:
-    """What was done, for the page: one paragraph."""
-    keys = "all at once" if settings.key_method == "joint" else "one after the other by eq. 9"
+def keys_text(settings: Settings, images: Images, *, method: str | None = None) -> str:
+    """How the keys were found, for the page."""
+    chosen = dataclasses.replace(settings, key_method=method or settings.key_method)
+    config = chosen.key_config()
+    how = "all at once" if chosen.key_method == "joint" else "one after the other by eq. 9"
+    excess = (
+        f", with weight {config.excess:g} on responses beyond -2, which eq. 9 does not have"
+        if config.excess
+        else ""
+    )
     return (
-        f"Root {settings.root}, authentic images {settings.dataset}. {settings.num_users} keys, "
-        f"{keys}, {settings.key_steps} steps of Adam on training images and as many of the root. "
+        f"Root {settings.root}, authentic images {settings.dataset}. Keys {how}: "
+        f"{config.num_steps} steps of Adam on {len(images.train)} training images and "
+        f"{len(images.generated)} of the root{excess}."
+    )
+
+
+def models_text(settings: Settings, images: Images) -> str:
+    """How the models were trained, for the page."""
+    return (
         f"Algorithm 1: {settings.num_steps} updates of {settings.batch_size} latents a round, "
-        f"gamma times {settings.alpha:g} until D is {1 - settings.delta:g} on validation images, "
-        f"at most {settings.max_rounds} rounds. Measured on {settings.num_test} images of every "
-        f"model and test images. Frechet distances: {features_name(settings)}."
+        f"gamma times {settings.alpha:g} until D is {1 - settings.delta:g} on "
+        f"{settings.num_search} own and {len(images.validation)} validation images, at most "
+        f"{settings.max_rounds} rounds; it begins at the first gamma with which a perfect model "
+        "would be seen."
+    )
+
+
+def measured_text(settings: Settings, images: Images) -> str:
+    """What models were measured on, for the page."""
+    return (
+        f"Measured on {settings.num_test} images of every model and {len(images.test)} test images."
+        f" Frechet distances: {features_name(settings)}."
     )

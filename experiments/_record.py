@@ -38,6 +38,7 @@ __all__ = [
     "Run",
     "UsageError",
     "open_workdir",
+    "read_flags",
     "read_results",
     "replacing",
     "write_atomically",
@@ -388,6 +389,12 @@ def _read_flags(path: Path) -> tuple[dict[str, str], str] | None:
     return {name: value for name, _, value in pairs}, started[1].rstrip(".") if started else now()
 
 
+def read_flags(workdir: str | os.PathLike[str]) -> dict[str, str] | None:
+    """The settings of the run that a workdir holds, as flag texts; None if it holds none."""
+    found = _read_flags(Path(workdir).expanduser() / "config.flags")
+    return None if found is None else found[0]
+
+
 def _write_flags(run: Run, flags: Mapping[str, str]) -> None:
     lines = [f"{_HEADER} Started {run.started}"]
     lines.append("# Again: python run.py --flagfile=THIS_FILE --workdir=ANOTHER_FOLDER")
@@ -410,6 +417,7 @@ def open_workdir(
     overwrite: bool = False,
     commit: str | None = None,
     changeable: Sequence[str] = (),
+    precious: str | None = None,
 ) -> Iterator[Run]:
     """Enter a workdir for one run: a new or empty folder, or one of the same settings.
 
@@ -420,6 +428,7 @@ def open_workdir(
       overwrite: delete what an earlier run left there. Never deletes a folder that no run made.
       commit: revision of the code, remembered with every stage.
       changeable: flags that may differ from those of the run that is there.
+      precious: name of a file; a workdir that has one is never deleted, whatever `overwrite` says.
 
     Raises:
       UsageError: if the folder belongs to something else, to a run of other settings, or to a run
@@ -435,6 +444,12 @@ def open_workdir(
             f"--workdir={run.shown} is not empty and no run of ours made it; give another folder"
         )
     path.mkdir(parents=True, exist_ok=True)
+    kept = precious and (path / precious).exists()
+    if kept and overwrite:
+        raise UsageError(
+            f"--overwrite would delete {run.shown}/{precious} and what it lists, which cannot "
+            "be made again; give another --workdir, or delete the folder yourself"
+        )
     with _lock(run):
         if found is not None and overwrite:
             _clear(run)
@@ -452,8 +467,8 @@ def open_workdir(
             elif fixed:
                 raise UsageError(
                     f"--workdir={run.shown} holds a run of other settings: "
-                    f"{'; '.join(fixed.values())}. Give another --workdir, or --overwrite to start "
-                    "over"
+                    f"{'; '.join(fixed.values())}. Give another --workdir"
+                    + ("" if kept else ", or --overwrite to start over")
                 )
             _repair(run)
         yield run

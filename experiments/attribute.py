@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from experiments import _suspects
 from experiments._config import Run, setting
 from experiments._record import UsageError, now
 from flipad_jax import data, files, report
@@ -99,9 +100,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             raise UsageError(f"--{name} is missing; see --experiment=attribute --help")
     settings = bundle.describe(config.attributor)
     attributor = bundle.load(config.attributor)
-    found = _suspects(config.images, record.workdir)
+    found = _suspects.find(config.images, record.workdir)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
-    _check_output(output)
+    _suspects.check_output(output, COLUMNS)
     smallest = calibration.smallest_certifiable_fnr(len(attributor.calibration_scores))
     if 0 < config.fnr < smallest:
         record.warn(
@@ -159,16 +160,6 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     record.say(f"Verdicts: {output}")
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return metrics
-
-
-def _suspects(path: str, workdir: Path) -> data.Found:
-    """The files to judge; what an earlier start drew into the workdir is none of them."""
-    found = data.find_images(path)
-    root, own = Path(found.root).resolve(), workdir.resolve()
-    if root not in own.parents:
-        return found
-    inside = own.relative_to(root).as_posix() + "/"
-    return found._replace(paths=tuple(p for p in found.paths if not p.startswith(inside)))
 
 
 def _judge(
@@ -332,20 +323,6 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _check_output(path: Path) -> None:
-    """Refuse an output that would destroy something else."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise UsageError(f"--output={path}: expected a name that ends in .csv or .jsonl")
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise UsageError(f"--output={path} is there and no file; give another name")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        first = file.readline().strip()
-    if first and first != ",".join(COLUMNS) and not first.startswith('{"path": '):
-        raise UsageError(f"--output={path} is there and holds no verdicts; give another name")
 
 
 def _write_page(config, record, attributor, settings, found, rows, digests, metrics) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _attribution, _generators, _plan
-from experiments._config import Run, setting
+from experiments._config import Run, check_once, setting
 from experiments._generators import FAMILY_NAMES
 from flipad_jax import data, report
 from flipad_jax.detection import features
@@ -45,7 +45,7 @@ _BATCH = 128
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Averages and figures; returns the distances of the averages."""
-    _attribution.check_once(config, "seeds", "families")
+    check_once(config, "seeds", "families")
     seed, family = config.seeds[0], config.families[0]
     generators = _generators.load(config, record, config.families, (seed,))
     ours = _attribution.model(config, record, family, seed, generators[family][seed])

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from experiments import _keyed
-from experiments._config import Run, setting
+from experiments._config import Run, check_once, setting
 from flipad_jax import data, report
-from flipad_jax.generators import sampling
 from flipad_jax.registry import attributability, user_keys
 
 
@@ -46,6 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Keys of every number and method; returns a row for each."""
     _keyed.check(config)
+    check_once(config, "counts", "sequential_counts")
     root = _keyed.load_root(config)
     images = _keyed.load_images(config, root)
     size = int(np.prod(root.image_shape))
@@ -54,7 +54,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         raise ValueError(
             f"--counts: {max(too_many)} orthogonal keys do not fit images of {size} numbers"
         )
-    root_images = sampling.generate(root, _keyed.rng(config, 4), config.num_test)
+    root_images = _keyed.root_test_images(config, root)
     mean_image = np.concatenate([data.to_float(images.test), data.to_float(root_images)]).mean(0)
     rows = []
     for method, counts in (
@@ -86,7 +86,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     joint = [row for row in rows if row["method"] == "joint"]
     fit = [row["count"] for row in joint if row["compliance_smallest"] >= config.compliance]
     results = {"rows": rows, "capacity": max(fit, default=0), "num_dimensions": size}
-    _write_page(config, record, results)
+    _write_page(config, record, results, images)
     return results
 
 
@@ -122,7 +122,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
     return [report.Table(header, rows)]
 
 
-def _write_page(config, record, results) -> None:
+def _write_page(config, record, results, images) -> None:
     series: dict[str, dict[str, Any]] = {"compliance": {}, "response": {}}
     for method in ("joint", "sequential"):
         rows = [row for row in results["rows"] if row["method"] == method]
@@ -167,7 +167,10 @@ def _write_page(config, record, results) -> None:
                 "Keys at right angles share out the squared length of the data's mean: the more "
                 "there are, the nearer each of them is to the data (bound). Where the worst key "
                 "no longer keeps real images on its side, D falls with it.",
-                _keyed.settings_text(config),
+                _keyed.keys_text(config, images, method="joint"),
+                _keyed.keys_text(config, images, method="sequential"),
+                f"Judged on {len(images.test)} test images and {config.num_test} others of the "
+                "root. Seconds include compiling, anew for every number of keys.",
             ],
         ),
     ]

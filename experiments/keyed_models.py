@@ -17,7 +17,6 @@ import numpy as np
 from experiments import _keyed
 from experiments._config import Run, setting
 from flipad_jax import frechet, report
-from flipad_jax.generators import sampling
 from flipad_jax.registry import attributability, user_keys
 
 _COSINE_45 = float(np.sqrt(0.5))
@@ -51,9 +50,15 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     if config.num_acute == 1:
         raise ValueError("--num_acute=1: an angle needs two keys; 0 leaves them out")
     root = _keyed.load_root(config)
+    size = int(np.prod(root.image_shape))
+    if max(config.num_users, config.num_acute + 1) > size:
+        raise ValueError(
+            f"--num_users={config.num_users}, --num_acute={config.num_acute}: images of {size} "
+            "numbers have room for no more keys than that"
+        )
     images = _keyed.load_images(config, root)
     real = _keyed.frechet_statistics(config, images.test)
-    root_images = _root_test_images(config, root)
+    root_images = _keyed.root_test_images(config, root)
     root_distance = frechet.distance(_keyed.frechet_statistics(config, root_images), real)
     sets = {"orthogonal": (config.num_users, 0.0)}
     if config.num_acute:
@@ -83,13 +88,8 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         ]
         results["sets"][angle] = _described(config, keys, models, measured, images, root_images)
         drawn[angle] = (keys, measured)
-    _write_page(config, record, results, drawn, root_images)
+    _write_page(config, record, results, drawn, images, root_images)
     return results
-
-
-def _root_test_images(config, root) -> np.ndarray:
-    """Images of G_0 that no key and no model was made of."""
-    return sampling.generate(root, _keyed.rng(config, 4), config.num_test)
 
 
 def _described(config, keys, models, measured, images, root_images) -> dict[str, Any]:
@@ -134,6 +134,7 @@ def _described(config, keys, models, measured, images, root_images) -> dict[str,
         "required_gamma": attributability.required_gamma(extent.d_max, sigma, mean, config.delta),
         # Figure 2b: the smallest over earlier keys; of the first key there is none.
         "allowed_cosine": [float(np.min(allowed[:i])) for i in range(1, len(keys))],
+        "smallest_allowed_cosine": float(np.min(allowed)),
         "sigma": sigma,
         "key_mean": mean,
         "certified_distinguishability": certificate.distinguishability,
@@ -166,7 +167,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
                 _keyed.mean_std(found["gamma"]),
                 _keyed.mean_std(asked.tolist()),
                 f"{(np.asarray(found['gamma']) >= asked).mean():.0%}",
-                f"{min(found['allowed_cosine']):.3f}",
+                f"{found['smallest_allowed_cosine']:.3f}",
                 f"{max(found['largest_cosine']):.3f}",
                 f"{min(found['certified_distinguishability']):.3f}",
                 f"{found['certified_attributability']:.3f}",
@@ -235,7 +236,7 @@ def _figure_2(results: dict[str, Any]) -> Any:
     )
 
 
-def _write_page(config, record, results, drawn, root_images) -> None:
+def _write_page(config, record, results, drawn, images, root_images) -> None:
     keys, measured = drawn["orthogonal"]
     shown = min(len(keys), 6)
     rows = {"root": root_images[:12]}
@@ -267,7 +268,14 @@ def _write_page(config, record, results, drawn, root_images) -> None:
             "Keys and images (Figure 3)",
             [report.Picture(samples, "The key (first picture of a row), images of its model.")],
         ),
-        report.Section("Settings", [_keyed.settings_text(config)]),
+        report.Section(
+            "Settings",
+            [
+                _keyed.keys_text(config, images),
+                _keyed.models_text(config, images),
+                _keyed.measured_text(config, images),
+            ],
+        ),
     ]
     found = results["sets"]["orthogonal"]
     lead = (

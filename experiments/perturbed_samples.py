@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import _attribution, _generators, _paper, _plan, _tables
 from experiments._attribution import METHODS
-from experiments._config import Run, setting
+from experiments._config import Run, check_once, setting
 from experiments._generators import FAMILY_NAMES
 from flipad_jax import perturbations, report
 from flipad_jax.generators import sampling
@@ -56,9 +56,9 @@ PRESETS = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """All cells, the table, the page; returns accuracies per method and perturbation."""
     _attribution.check(config)
-    _attribution.check_once(config, "perturbations")
+    check_once(config, "perturbations")
     if config.ours:
-        _attribution.check_once(config, "ours")
+        check_once(config, "ours")
     unknown = sorted(set(config.ours) - set(config.families))
     if unknown:
         raise ValueError(

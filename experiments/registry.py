@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import _keyed
+from experiments import _keyed, _suspects
 from experiments._config import Run, setting
 from experiments._record import UsageError, replacing
 from flipad_jax import data, report
@@ -48,14 +48,32 @@ class Config(_keyed.Settings):
     output: str = setting("", "Its rows, .csv or .jsonl; WORKDIR/attributions.csv by default.")
     ask: str = setting("", "A user: adds a column with the margin of this one's key.")
     num_shown: int = setting(60, "Attributed images shown on the page.", lower_bound=0)
+    hand_out_unreached: bool = setting(
+        False, "Hand out a copy even if its D is below what --delta asks for."
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {**_keyed.SMOKE, "num_shown": 12},
+    "smoke": {**_keyed.SMOKE, "num_shown": 12, "hand_out_unreached": True},
     "demo": {},
     "paper": {**_keyed.PAPER, "num_users": 100},
 }
-CHANGEABLE = ("users", "images", "output", "ask", "num_shown")
+CHANGEABLE = (
+    "users",
+    "num_users",
+    "images",
+    "output",
+    "ask",
+    "num_shown",
+    "num_steps",
+    "max_rounds",
+    "together",
+    "num_test",
+    "hand_out_unreached",
+    "features",
+    "inception_weights",
+)
+PRECIOUS = "registry.json"
 
 
 class Row(NamedTuple):
@@ -70,22 +88,17 @@ class Row(NamedTuple):
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Make or extend the registry, test it, attribute files; returns what the page shows."""
-    _keyed.check(config)
-    found = data.find_images(config.images) if config.images else None
+    found = _suspects.find(config.images, record.workdir) if config.images else None
     output = Path(config.output) if config.output else record.workdir / "attributions.csv"
-    if output.suffix not in (".csv", ".jsonl"):
-        raise UsageError(f"--output={output}: expected a name that ends in .csv or .jsonl")
-    registry, entry = _open(config, record)
-    images = _keyed.load_images(config, registry.root)
-    registry = _hand_out_keys(config, record, registry, images)
-    if config.ask:
-        ledger.user_index(registry, config.ask)  # Refuses an unknown one before models are trained.
-    registry = _train_models(config, record, registry, images, entry)
-    tested = _test(config, record, registry, images)
+    _suspects.check_output(output, COLUMNS)
+    registry, images = _open(config, record)
+    registry = _train_models(config, record, registry, images)
     rows: list[Row] = []
     if found is not None:
         rows = _attribute(config, record, registry, found)
         _write_rows(config, output, rows)
+        record.say(f"Attributions: {output}")
+    tested = _test(config, record, registry, images)
     metrics = {
         "registry": record.shown,
         "users": [dataclasses.asdict(user) for user in registry.users],
@@ -95,61 +108,79 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "output": str(output) if rows else None,
     }
     _write_page(config, record, registry, images, metrics, rows, found)
-    if rows:
-        record.say(f"Attributions: {output}")
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return metrics
 
 
-def _open(config: Config, record: Run) -> tuple[ledger.Registry, dict[str, Any]]:
-    """The registry of the workdir, made if there is none; and what its root is."""
-    if (record.workdir / "registry.json").exists():
-        registry = ledger.load(record.workdir)
-    else:
-        root = _keyed.load_root(config)
-        known = zoo.names()
-        described = zoo.record if config.root in known else zoo.record_file
-        facts = {key: getattr(config, key) for key in ("root", "dataset", "data_seed", "seed")}
-        registry = ledger.create(record.workdir, root, described(config.root), facts)
-    return registry, zoo.record_file(registry.path / "root.safetensors")
+def _open(config: Config, record: Run) -> tuple[ledger.Registry, _keyed.Images]:
+    """The registry, with keys for everybody who is new; nothing is written before all is checked.
 
-
-def _hand_out_keys(config, record: Run, registry, images) -> ledger.Registry:
+    Raises:
+      ValueError, UsageError: for data, names or keys that will not do.
+    """
+    is_new = not (record.workdir / PRECIOUS).exists()
+    registry = None if is_new else ledger.load(record.workdir)
+    if registry is None:
+        _keyed.check(config)
+    root = _keyed.load_root(config) if registry is None else registry.root
+    images = _keyed.load_images(config, root)
+    known = () if registry is None else registry.names
     names = config.users
-    if not names and not registry.users:
+    if not names and not known:
         names = tuple(f"user_{i + 1}" for i in range(config.num_users))
     if len(set(names)) != len(names):
         raise UsageError(f"--users={','.join(names)}: give each one once")
-    new = [name for name in names if name not in registry.names]
-    if not new:
-        return registry
-    ledger.check_names(registry, new)
-    first = len(registry.users)
-    rng = _keyed.rng(config, 1, first)
+    new = [name for name in names if name not in known]
+    everybody = [*known, *new]
+    if config.ask and config.ask not in everybody:
+        raise UsageError(f"--ask={config.ask}: there is no such user, only {', '.join(everybody)}")
+    if registry is None:
+        described = zoo.record if config.root in zoo.names() else zoo.record_file
+        ledger.check_names((), new)
+        keys = _new_keys(config, record, images, new, None)
+        facts = {key: getattr(config, key) for key in ("root", "dataset", "data_seed", "seed")}
+        registry = ledger.create(record.workdir, root, described(config.root), facts)
+        return ledger.add_users(registry, new, keys), images
+    if new:
+        ledger.check_names(known, new)
+        keys = _new_keys(config, record, images, new, registry.keys)
+        registry = ledger.add_users(registry, new, keys)
+    return registry, images
+
+
+def _new_keys(config, record: Run, images, new, earlier: np.ndarray | None) -> np.ndarray:
+    """Keys for new users, beside those that were handed out.
+
+    Raises:
+      UsageError: if one is not data compliant enough for D to be reached.
+    """
     make = user_keys.joint if config.key_method == "joint" else user_keys.sequential
+    first = 0 if earlier is None else len(earlier)
     with record.progress(1, f"keys for {len(new)} new users") as bar:
         keys = make(
-            rng,
+            _keyed.rng(config, 1, first),
             images.train,
             images.generated,
             len(new),
-            earlier=registry.keys if first else None,
+            earlier=earlier,
             config=config.key_config(),
         )
         bar.update()
     compliance = attributability.extent(keys, [images.validation]).compliance
-    poor = [f"{name} ({share:.0%})" for name, share in zip(new, compliance) if share < 0.9]
+    wanted = 1 - 2 * config.delta  # D of 1 - delta needs as much even if all own images are seen
+    poor = [f"{name} ({share:.1%})" for name, share in zip(new, compliance) if share < wanted]
     if poor:
         raise UsageError(
-            f"no keys for {', '.join(poor)}: that share of authentic images would be on the right "
-            "side only; the data may be no images of the root's kind, or the registry is full "
-            "(--experiment=key_capacity)"
+            f"no keys for {', '.join(poor)}: too few authentic images are on the right side of "
+            f"them, {wanted:.1%} are needed. More --key_steps may help; or the data are no images "
+            "of the root's kind, or the registry is full (--experiment=key_capacity)"
         )
-    return ledger.add_users(registry, new, keys)
+    return keys
 
 
-def _train_models(config, record: Run, registry, images, entry) -> ledger.Registry:
-    """Algorithm 1 for every user who has a key only."""
+def _train_models(config, record: Run, registry, images) -> ledger.Registry:
+    """Algorithm 1 for every user who has a key only; one that misses D is not handed out."""
+    entry = zoo.record_file(registry.path / "root.safetensors")
     for index, user in enumerate(registry.users):
         if user.sha256 is not None:
             continue
@@ -165,10 +196,14 @@ def _train_models(config, record: Run, registry, images, entry) -> ledger.Regist
                 progress=progress,
             )
         if not found.reached[0]:
+            what = "it is handed out all the same" if config.hand_out_unreached else "no copy yet"
             record.warn(
                 f"{user.name}: D is {found.distinguishability[0]:.3f} after {found.rounds[0]} "
-                f"rounds, {1 - config.delta:g} was wanted: more --max_rounds, or more --num_steps"
+                f"rounds, {1 - config.delta:g} was wanted: {what}. More --max_rounds or "
+                "--num_steps at the next start"
             )
+            if not config.hand_out_unreached:
+                continue
         registry = ledger.set_model(
             registry,
             user.name,
@@ -181,40 +216,45 @@ def _train_models(config, record: Run, registry, images, entry) -> ledger.Regist
     return registry
 
 
+def _copies(registry) -> list[int]:
+    """Numbers of the users who have a copy."""
+    return [i for i, user in enumerate(registry.users) if user.sha256 is not None]
+
+
 def _test(config, record: Run, registry, images) -> dict[str, Any]:
-    """Who is found to have made images of every copy: D, A(G), shares `[model, user or nobody]`."""
+    """Who is found to have made images of every copy: D, A(G), shares `[copy, user or nobody]`."""
     num = len(registry.users)
     real = attributability.responses(registry.keys, images.test)
-    tables, distances = [], []
-    with record.progress(registry.names, f"testing {num} copies") as bar:
-        for index, name in enumerate(bar):
-            model = ledger.load_model(registry, name)
-            made = sampling.generate(model, _keyed.rng(config, 3, index), config.num_test)
-            tables.append(attributability.responses(registry.keys, made))
-            distances.append(_distance(registry.root, model, config, index))
-    shares = []
-    for table in [*tables, real]:
+    tables: dict[int, np.ndarray] = {}
+    shifts = {}
+    copies = _copies(registry)
+    with record.progress(len(copies), f"testing {len(copies)} copies") as bar:
+        for index in copies:
+            model = ledger.load_model(registry, registry.names[index])
+            rng = _keyed.rng(config, 3, index)
+            made = sampling.generate(model, rng, config.num_test)
+            tables[index] = attributability.responses(registry.keys, made)
+            before = sampling.generate(registry.root, rng, config.num_test)
+            difference = data.to_float(made) - data.to_float(before)
+            shifts[index] = attributability.shift_length([difference]).mean
+            bar.update()
+    shares = {}
+    for who, table in [*tables.items(), ("real", real)]:
         user = attributability.assign(table).user
-        shares.append([float((user == j).mean()) for j in (*range(num), *_NAMES)])
+        name = who if isinstance(who, str) else registry.names[who]
+        shares[name] = [float((user == j).mean()) for j in (*range(num), *_NAMES)]
     flat = registry.keys.reshape(num, -1).astype(np.float64)
+    d = {i: attributability.distinguishability(t[:, i], real[:, i]) for i, t in tables.items()}
+    own = [shares[registry.names[i]][i] for i in copies]
     return {
-        "distinguishability": [
-            attributability.distinguishability(tables[i][:, i], real[:, i]) for i in range(num)
-        ],
-        "attributability": attributability.attributability(tables),
-        "shift": distances,
+        "distinguishability": [d.get(i) for i in range(num)],
+        "attributability": float(np.mean(own)) if own else None,
+        "shift": [shifts.get(i) for i in range(num)],
         "compliance": attributability.extent(registry.keys, [images.test]).compliance,
         "shares": shares,
         "cosines": flat @ flat.T,
         "num_test": config.num_test,
     }
-
-
-def _distance(root, model, config, index: int) -> float:
-    rng = _keyed.rng(config, 3, index)
-    count = min(250, config.num_test)
-    pair = [data.to_float(sampling.generate(g, rng, count)) for g in (model, root)]
-    return attributability.shift_length([pair[0] - pair[1]]).mean
 
 
 def _attribute(config, record: Run, registry, found: data.Found) -> list[Row]:
@@ -286,17 +326,28 @@ def _counts(registry, rows: list[Row]) -> dict[str, int]:
 
 
 def _users_table(metrics: dict[str, Any]) -> report.Table:
-    header = ["user", "gamma", "D", "real images on its side", "E||dx||", "own images found"]
+    header = [
+        "user",
+        "copy",
+        "gamma",
+        "D",
+        "real images on its side",
+        "E||dx||",
+        "found as its own",
+    ]
     rows = []
     for i, user in enumerate(metrics["users"]):
+        name, d, shift = user["name"], metrics["distinguishability"][i], metrics["shift"][i]
+        has_copy = user["sha256"] is not None
         rows.append(
             [
-                user["name"],
-                f"{user['gamma']:.2f}",
-                f"{metrics['distinguishability'][i]:.3f}",
+                name,
+                "none yet" if not has_copy else "yes" if user["reached"] else "D was missed",
+                f"{user['gamma']:.2f}" if has_copy else None,
+                None if d is None else f"{d:.3f}",
                 f"{metrics['compliance'][i]:.1%}",
-                f"{metrics['shift'][i]:.2f}",
-                f"{metrics['shares'][i][i]:.1%}",
+                None if shift is None else f"{shift:.2f}",
+                f"{metrics['shares'][name][i]:.1%}" if has_copy else None,
             ]
         )
     return report.Table(header, rows)
@@ -304,33 +355,31 @@ def _users_table(metrics: dict[str, Any]) -> report.Table:
 
 def _write_page(config, record, registry, images, metrics, rows, found) -> None:
     names = list(registry.names)
-    shown = {"root": sampling.generate(registry.root, _keyed.rng(config, 4), 12)}
-    for index, name in enumerate(names[:12]):
-        made = sampling.generate(
-            ledger.load_model(registry, name), _keyed.rng(config, 3, index), 11
-        )
+    shown = {"root": _keyed.root_test_images(config, registry.root)[:12]}
+    for index in _copies(registry)[:12]:
+        model = ledger.load_model(registry, names[index])
+        made = sampling.generate(model, _keyed.rng(config, 3, index), 11)
         key = report.signed_pictures(registry.keys[index : index + 1])
-        shown[name] = np.concatenate([key, made])
+        shown[names[index]] = np.concatenate([key, made])
     keys = report.image_grid(shown, num_columns=12)
-    angles = report.matrix_map(
-        np.asarray(metrics["cosines"]) - np.eye(len(names)), names, "cosine of two keys"
-    )
+    cosines = np.asarray(metrics["cosines"]) - np.eye(len(names))
+    angles = report.matrix_map(cosines, names, "cosine of two keys", smallest=0.05)
     report.save_figure(keys, record.figures / "keys.png")
     report.save_figure(angles, record.figures / "angles.png")
     made_by = report.Table(
         ["images of", *names, *_NAMES.values()],
         [
             [who, *(f"{share:.1%}" if share else None for share in shares)]
-            for who, shares in zip([*names, "real"], metrics["shares"])
+            for who, shares in metrics["shares"].items()
         ],
-        caption=f"Share of {metrics['num_test']} images of every copy, and of real test images, "
-        "that is attributed to each user.",
+        caption=f"Share of {metrics['num_test']} images of every copy, and of {len(images.test)} "
+        "real test images, that is attributed to each user.",
     )
     sections = [report.Section("Users", [_users_table(metrics)])]
     if rows:
         counted = [[name, count] for name, count in metrics["attributed"].items()]
         blocks: list[Any] = [report.Table(["attributed to", "files"], counted)]
-        blocks += _gallery(config, registry, rows, found)
+        blocks += _examples(config, registry, rows, found)
         sections.append(report.Section("Whose images are these?", blocks))
     sections += [
         report.Section("Who is found to have made what", [made_by]),
@@ -340,28 +389,35 @@ def _write_page(config, record, registry, images, metrics, rows, found) -> None:
                 report.Picture(
                     keys, "The key of every user (first picture), and images of the copy."
                 ),
-                report.Picture(angles, "How far keys are from right angles; white is exact."),
+                report.Picture(
+                    angles,
+                    f"White: right angles. Furthest from one: {np.abs(cosines).max():.1e}.",
+                ),
             ],
         ),
         report.Section(
             "How to read it",
             [
                 "An image is a user's if phi^T x is above 0 for that user's key and for no other; "
-                "the margin is phi^T x. Real images are below 0 for all keys. The registry keeps "
-                "keys and copies; a copy alone does not tell its key.",
-                _keyed.settings_text(config),
+                "the margin is phi^T x. Real images are below 0 for all keys. Keep this folder to "
+                "yourself, the root too: whoever has the root and a copy can read the key off "
+                "their difference.",
+                _keyed.keys_text(config, images),
+                _keyed.models_text(config, images),
             ],
         ),
     ]
-    lead = (
-        f"{len(names)} copies of {config.root}: {metrics['attributability']:.1%} of their images "
-        "are attributed to the right user and to nobody else."
+    share = metrics["attributability"]
+    lead = f"{len(_copies(registry))} copies of {config.root}" + (
+        f": {share:.1%} of their images are attributed to the right user and to nobody else."
+        if share is not None
+        else "."
     )
     report.write_page(record.workdir / "report.html", "Registry", sections, lead=lead)
 
 
-def _gallery(config, registry, rows: list[Row], found) -> list[Any]:
-    """Some attributed images by user."""
+def _examples(config, registry, rows: list[Row], found) -> list[Any]:
+    """Some attributed images by user, and what could not be attributed."""
     by_user: dict[str, list[np.ndarray]] = {}
     left = config.num_shown
     for row in rows:
@@ -371,11 +427,11 @@ def _gallery(config, registry, rows: list[Row], found) -> list[Any]:
             if image is not None:
                 by_user.setdefault(row.user, []).append(image)
                 left -= 1
-    if not by_user:
-        return []
-    grid = report.image_grid({name: np.stack(part) for name, part in by_user.items()})
+    blocks: list[Any] = []
+    if by_user:
+        grid = report.image_grid({name: np.stack(part) for name, part in by_user.items()})
+        blocks.append(report.Picture(grid, "The first files of every user."))
     unread = [[row.path, row.reason] for row in rows if row.reason]
-    blocks: list[Any] = [report.Picture(grid, "The first files of every user.")]
     if unread:
         blocks.append(report.Table(["cannot be attributed", "why"], unread[:50]))
     return blocks
@@ -385,7 +441,8 @@ def summary(metrics: dict[str, Any]) -> str:
     """Users, and who made the files, as the terminal shows them."""
     table = _users_table(metrics)
     text = report.table_text(table.header, table.rows)
-    text += f"\nA(G) {metrics['attributability']:.3f}"
+    if metrics["attributability"] is not None:
+        text += f"\nA(G) {metrics['attributability']:.3f}"
     if metrics["num_files"]:
         rows = [[name, count] for name, count in metrics["attributed"].items()]
         text += "\n\n" + report.table_text(["attributed to", "files"], rows)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _keyed
-from experiments._config import Run, setting
+from experiments._config import Run, check_once, setting
 from flipad_jax import perturbations, report
 from flipad_jax.generators import sampling
 from flipad_jax.perturbations import differentiable
@@ -73,10 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """All models before and after; returns D, A(G), shift and distance per C and perturbation."""
     _keyed.check(config)
-    for name in ("perturbations", "qualities"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"--{name}={','.join(map(str, values))}: give each one once")
+    check_once(config, "perturbations", "qualities")
     root = _keyed.load_root(config)
     images = _keyed.load_images(config, root)
     real = _keyed.frechet_statistics(config, images.test)
@@ -100,11 +97,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "after": {},
     }
     shown = {"untreated": untreated[0].images}
-    for quality in config.qualities:
+    for number, quality in enumerate(config.qualities):
         by_name: dict[str, Any] = {}
         for name in config.perturbations:
-            robust, seconds = _train(config, record, root, models, keys, name, quality)
-            tag = f"{name}-{quality:g}"
+            tag = f"{name}-{number}"  # Names files; a number as 1e+06 could not.
+            robust, seconds = _train(config, record, root, models, keys, name, quality, tag)
             measured = [
                 _keyed.measure(
                     config, record, root, keys, g, i, 0.0, real, name=f"measured-{tag}-{i}"
@@ -120,18 +117,18 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             if quality == config.qualities[0]:
                 shown[_SHOWN[name]] = measured[0].images
         results["after"][f"{quality:g}"] = by_name
-    _write_page(config, record, results, shown, keys)
+    _write_page(config, record, results, shown, keys, images)
     return results
 
 
-def _train(config, record: Run, root, models, keys, name: str, quality: float):
+def _train(config, record: Run, root, models, keys, name: str, quality: float, tag: str):
     """Eq. 12 for all users, a stage per group; the models, and seconds per model."""
     keyed = config.keyed_config(num_steps=config.robust_steps, quality=quality)
     perturb = differentiable.draw(name)
     found, seconds = [], 0.0
     for first in range(0, len(keys), config.together):
         part = models[first : first + config.together]
-        stage = f"robust-{name}-{quality:g}-{first}"
+        stage = f"robust-{tag}-{first}"
 
         def compute(first=first, part=part):
             state = user_generators.init(root, len(part), keyed, first=first)
@@ -172,9 +169,11 @@ def _train(config, record: Run, root, models, keys, name: str, quality: float):
 
 
 @functools.partial(jax.jit, static_argnames=("name", "codec"))
-def _treat(rng, images, name, codec):
+def _treat(rng, first, images, name, codec):
     x = images.astype(jnp.float32) / 127.5 - 1
-    treated = differentiable.strongest(name, codec=codec)(rng, x)
+    treat = differentiable.strongest(name, codec=codec)
+    rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(first + jnp.arange(len(images)))
+    treated = jax.vmap(lambda own, image: treat(own, image[None])[0])(rngs, x)
     return jnp.round((treated + 1) * 127.5).astype(jnp.uint8)
 
 
@@ -183,11 +182,10 @@ def _treated(images: np.ndarray, name: str, rng: jax.Array, *, real_codec: bool)
     found = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
-        batch_rng = jax.random.fold_in(rng, start)
         padded = np.concatenate(
             [batch, np.zeros((_BATCH - len(batch), *batch.shape[1:]), np.uint8)]
         )
-        done = np.asarray(_treat(batch_rng, jnp.asarray(padded), name, not real_codec))
+        done = np.asarray(_treat(rng, jnp.int32(start), jnp.asarray(padded), name, not real_codec))
         found.append(done[: len(batch)])
     treated = np.concatenate(found)
     if real_codec and name in ("jpeg", "combination"):
@@ -244,6 +242,8 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
     for shown, key in (("D", "distinguishability"), ("A(G)", "attributability")):
         for quality, after in results["after"].items():
             for codec, prefix in (("", ""), (", real codec", "real_codec_")):
+                if not any(prefix + key in after[name] for name in names):
+                    continue
                 cells = [
                     (
                         f"{_cell(before[name], prefix + key)} / {_cell(after[name], prefix + key)}"
@@ -259,9 +259,9 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
         for quality, after in results["after"].items():
             cells = [_keyed.mean_std(after[name][key]) for name in names]
             price.append([shown, quality, start, *cells])
-    paper_names = [name for name in _SHOWN]
+    paper_names = list(_SHOWN)
     paper = [
-        [row, None, *(cells[paper_names.index(name)] for name in names)]
+        [row, "10", *(cells[paper_names.index(name)] for name in names)]
         for row, cells in _PAPER.items()
     ]
     return [
@@ -275,7 +275,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
     ]
 
 
-def _write_page(config, record, results, shown, keys) -> None:
+def _write_page(config, record, results, shown, keys, images) -> None:
     rows = {"key": report.signed_pictures(keys[:1]), **shown}
     samples = report.image_grid(rows, num_columns=12)
     report.save_figure(samples, record.figures / "samples.png")
@@ -290,7 +290,9 @@ def _write_page(config, record, results, shown, keys) -> None:
         report.Section(
             "Settings",
             [
-                _keyed.settings_text(config),
+                _keyed.keys_text(config, images),
+                _keyed.models_text(config, images),
+                _keyed.measured_text(config, images),
                 f"Then {config.robust_steps} updates by eq. 12; strength drawn anew for every "
                 "batch. Tests: blur of width 3, crop to 80 %, noise of 0.3 (0.1 in a "
                 "combination), JPEG of quality 50.",

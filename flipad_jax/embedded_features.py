@@ -40,6 +40,13 @@ class Network(nn.Module):
         return hidden, layers.Linear(NUM_CLASSES)(nn.relu(hidden))
 
 
+def _check(images: np.ndarray | jax.Array) -> None:
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images have shape {images.shape}, expected [n, h, w, 1] or [n, h, w, 3]")
+    if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}, expected uint8 or float in [-1, 1]")
+
+
 def prepare(images: jax.Array) -> jax.Array:
     """Images as the network takes them: RGB, 32 x 32, float32 in [-1, 1].
 
@@ -49,12 +56,9 @@ def prepare(images: jax.Array) -> jax.Array:
     Raises:
       ValueError: for another shape or dtype.
     """
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(f"images have shape {images.shape}, expected [n, h, w, 1] or [n, h, w, 3]")
+    _check(images)
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 127.5 - 1
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}, expected uint8 or float in [-1, 1]")
     shape = (images.shape[0], _SIDE, _SIDE, images.shape[-1])
     if images.shape != shape:
         images = jax.image.resize(images, shape, "bilinear")
@@ -97,6 +101,7 @@ def features(images: np.ndarray | jax.Array, *, batch_size: int = 256) -> np.nda
     Raises:
       ValueError: for another shape or dtype.
     """
+    _check(images)
     params = load()
     found = [np.zeros((0, NUM_FEATURES), np.float32)]
     for start in range(0, len(images), batch_size):

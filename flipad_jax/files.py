@@ -16,7 +16,10 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before its name is: a power cut leaves no empty file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -33,6 +33,8 @@ def test_prepare_repeats_grey_and_averages_larger_images():
 def test_other_arrays_are_refused(images):
     with pytest.raises(ValueError, match="expected"):
         embedded_features.prepare(jnp.asarray(images))
+    with pytest.raises(ValueError, match="expected"):
+        embedded_features.features(images)
 
 
 def test_features_do_not_depend_on_the_batch(digits):

@@ -100,7 +100,7 @@ def test_robust_training_reports_both_codecs(tmp_path):
     metrics = metrics_of(tmp_path)
     after = metrics["after"]["10"]
     assert set(after) == {"blur", "jpeg"}
-    arrays = stage(tmp_path, "attacked-after-jpeg-10-jpeg")
+    arrays = stage(tmp_path, "attacked-after-jpeg-0-jpeg")
     for prefix in ("", "real_codec_"):
         own, real = arrays[f"{prefix}own"], arrays[f"{prefix}real"]
         d = [((own[i, :, i] > 0).mean() + (real[:, i] < 0).mean()) / 2 for i in range(2)]
@@ -174,8 +174,12 @@ def test_a_registry_finds_who_made_images(registry, tmp_path, capsys):
             assert float(row["towards_bob"]) == pytest.approx(float(row["margin"]), abs=1e-6)
     assert metrics_of(registry)["attributed"]["cannot be read"] == 1
     capsys.readouterr()
-    assert run(registry, "registry", "--ask=dan", *TRAINED) == 2
-    assert "no user 'dan'" in capsys.readouterr().err
+    assert run(registry, "registry", "--ask=dan") == 2
+    assert "no such user" in capsys.readouterr().err
+    # An output that is somebody's file is left alone.
+    output.write_text("my diary\n")
+    assert run(registry, "registry", f"--images={suspects}", f"--output={output}") == 2
+    assert output.read_text() == "my diary\n"
 
 
 @pytest.mark.slow
@@ -189,6 +193,29 @@ def test_a_new_user_changes_nothing_for_the_others(registry):
     np.testing.assert_allclose(after.keys[2].ravel() @ before.keys.reshape(2, -1).T, 0, atol=1e-5)
     for name, content in files.items():
         assert (registry / "models" / name).read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_registry_remembers_its_settings_and_cannot_be_overwritten(registry, capsys):
+    before = {p.name: p.read_bytes() for p in registry.iterdir() if p.suffix == ".safetensors"}
+    assert _config.main(["run.py", "--experiment=registry", f"--workdir={registry}"]) == 0
+    assert "--num_generated=1000" in (registry / "config.flags").read_text()
+    assert run(registry, "registry", "--overwrite") == 2
+    assert "cannot be made again" in capsys.readouterr().err
+    assert run(registry, "registry", "--seed=1") == 2
+    said = capsys.readouterr().err
+    assert "seed is 0 there and 1 here" in said and "overwrite" not in said
+    after = {p.name: p.read_bytes() for p in registry.iterdir() if p.suffix == ".safetensors"}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_copy_that_cannot_be_told_is_not_handed_out(tmp_path, capsys):
+    flags = ("--users=ann", "--nohand_out_unreached", "--max_rounds=1")
+    assert run(tmp_path, "registry", *flags) == 0
+    assert "no copy yet" in capsys.readouterr().err
+    assert ledger.load(tmp_path).users[0].sha256 is None
+    assert "none yet" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -223,6 +250,12 @@ def test_a_killed_registry_goes_on_at_the_user_where_it_was(tmp_path, monkeypatc
         ("registry", "--users=a,a", "each one once"),
         ("registry", "--users=../x", "begins with a letter"),
         ("registry", "--output=rows.txt", ".csv or .jsonl"),
+        ("registry", "--dataset=photos", "a key belongs to one size"),
+        ("registry", "--ask=nobody_there", "there is no such user"),
+        ("registry", "--users=root", "stands for something else"),
+        ("key_capacity", "--counts=4,4", "each one once"),
+        ("key_quality", "--root=digits_lsgan_0", "forward mode"),
+        ("keyed_models", "--root=", "train_generator"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(
@@ -234,3 +267,5 @@ def test_mistakes_are_named_before_anything_is_trained(
     )
     assert run(tmp_path / "w", experiment, flag) == 2
     assert said in capsys.readouterr().err
+    # Nothing was begun: other settings may be tried in the same place.
+    assert {path.name for path in (tmp_path / "w").rglob("*")} <= {"config.flags", ".lock"}

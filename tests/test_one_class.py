@@ -168,7 +168,7 @@ def test_activations_on_disk_give_the_same_detector():
     """Against the exact decomposition: the span of the directions, and the scores of images."""
     rng = np.random.default_rng(0)
     shape, num = (4, 4, 6), 400
-    mixing = rng.normal(size=(96, 96)) * 0.7 ** np.arange(96)  # variances that fall by half
+    mixing = rng.normal(size=(96, 96)) / np.sqrt(1 + np.arange(96))  # variances that fall slowly
     z = (rng.normal(size=(num + 200, 96)) @ mixing.T).reshape(-1, *shape).astype(np.float32)
     own, reference = z[:num], z[num : num + 100]
     config = OneClassConfig(num_components=12, batch_size=32)
@@ -180,11 +180,13 @@ def test_activations_on_disk_give_the_same_detector():
         on_disk.append(rows)
     exact = one_class.fit(own, reference, config)
     streamed = one_class.fit(*on_disk, config)
-    both = exact.directions.T @ streamed.directions
-    assert np.linalg.svd(both, compute_uv=False).min() > 0.999
     np.testing.assert_allclose(streamed.mean, exact.mean, atol=1e-5)
+    flat = own.reshape(num, -1) - np.asarray(exact.mean)
+    explained = [np.square(flat @ np.asarray(m.directions)).sum() for m in (streamed, exact)]
+    assert explained[0] > 0.995 * explained[1]  # of what the best span of so many explains
     found, known = (one_class.statistics(m, z[num + 100 :]) for m in (streamed, exact))
-    np.testing.assert_allclose(found, known, rtol=1e-2)
+    np.testing.assert_allclose(found[:, 0], known[:, 0], rtol=0.05)
+    np.testing.assert_allclose(found[:, 1:], known[:, 1:], rtol=1e-4)
     on_disk[0][0:1] = np.full((1, *shape), np.nan, np.float32)
     with pytest.raises(ValueError, match=r"own activations \[0\] hold NaN"):
         one_class.fit(*on_disk, config)

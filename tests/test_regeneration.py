@@ -74,9 +74,10 @@ def test_own_images_are_regenerated_to_the_last_level(ours, own, found):
     made = ours.module.apply(ours.variables, jnp.asarray(found.latent))
     levels = np.clip(np.round((np.asarray(made) + 1) * 127.5), 0, 255)
     errors = np.abs(levels - own).reshape(12, -1)
-    np.testing.assert_allclose(found.largest, errors.max(axis=1), atol=1)
+    np.testing.assert_array_equal(found.image, levels)
+    np.testing.assert_array_equal(found.largest, errors.max(axis=1))
+    np.testing.assert_allclose(found.rmse, np.sqrt((errors**2).mean(axis=1)), rtol=1e-5)
     assert errors.max() <= 1 and (found.rmse <= 0.5).all()
-    np.testing.assert_array_equal(found.image.shape, own.shape)
     assert (found.starts <= CONFIG.num_starts).all() and (found.iterations >= 1).all()
 
 
@@ -121,7 +122,11 @@ def test_mistakes_are_named(ours, own):
     flat = LatentGenerator(None, lambda _, z: z, 4)
     with pytest.raises(ValueError, match="one image"):
         regeneration.regenerate(flat, own, rng)
-    with pytest.raises(ValueError, match="positive"):
-        RegenerationConfig(num_starts=0)
+    with pytest.raises(ValueError, match="the bank has"):
+        wrong = regeneration.Bank(np.zeros((2, 4), np.float32), np.zeros((2, 16, 16, 1), np.uint8))
+        regeneration.regenerate(ours, own, rng, bank=wrong)
+    for bad in ({"num_starts": 0}, {"min_gain": 1.0}, {"damping": -1.0}):
+        with pytest.raises(ValueError, match="RegenerationConfig"):
+            RegenerationConfig(**bad)
     with pytest.raises(ValueError, match="positive"):
         regeneration.make_bank(ours, rng, 0)

@@ -172,5 +172,26 @@ def test_the_ladder_begins_where_a_perfect_model_is_seen():
     rung = np.log(gamma / d_max) / np.log(1.1)
     assert rung == pytest.approx(round(rung), abs=1e-5) and rung > 0.5
     assert seen(gamma) >= 0.98 > seen(gamma / 1.1)
-    # Real images on the wrong side: no gamma helps, the ladder begins where the paper's does.
-    assert user_generators._first_gamma(x, key, d_max, -real, config) == d_max
+    # Real images on the wrong side: no gamma helps.
+    assert np.isnan(user_generators._first_gamma(x, key, d_max, -real, config))
+
+
+def test_a_key_that_is_not_compliant_is_reported_and_not_trained(root, data, keys, monkeypatch):
+    monkeypatch.setattr(user_generators, "train", lambda *_, **__: pytest.fail("trained"))
+    found = user_generators.search(
+        root, -keys[:1], data[1], jax.random.key(2), CONFIG, num_images=50
+    )
+    assert not found.reached.any() and found.rounds.tolist() == [0]
+    assert found.distinguishability[0] <= 0.6
+    images = [
+        sampling.generate(g, jax.random.key(0), 3)
+        for g in (root, user_generators.take_user(root, found.state, 0))
+    ]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_is_an_error(root, data, keys):
+    config = dataclasses.replace(CONFIG, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        user_generators.search(root, keys[:1], data[1], jax.random.key(2), config, num_images=50)

@@ -294,8 +294,8 @@ def _streamed_directions(
     """`_principal_directions` of rows that lie on disk, by subspace iteration.
 
     Every pass reads the rows once and multiplies a random basis, somewhat larger than what is kept,
-    by the scatter matrix. Directions of nearly equal variance may come out mixed, which leaves the
-    residual statistic as it is: it sees their span.
+    by the scatter matrix. Where variances at the cut are nearly equal some of what is kept may be
+    swapped for what is not; what the span explains hardly changes by that.
     """
     size = math.prod(rows.shape[1:])
     total = np.zeros(size)

@@ -69,6 +69,8 @@ class RegenerationConfig:
       max_levels: largest error of a pixel, in grey levels, that counts as regenerated.
       rmse_levels: root mean square error that does.
       places: pairs of image and start at once, for memory and speed only.
+    Raises:
+      ValueError: for numbers out of their range.
     """
 
     num_starts: int = 8
@@ -93,6 +95,11 @@ class RegenerationConfig:
             raise ValueError(
                 f"RegenerationConfig: {self.damping=}, {self.start_scale=} and {self.factors=} "
                 "must be finite and positive"
+            )
+        if not (0 <= self.min_gain < 1 and self.max_levels >= 0 and self.rmse_levels >= 0):
+            raise ValueError(
+                f"RegenerationConfig: {self.min_gain=} must be in [0, 1), {self.max_levels=} and "
+                f"{self.rmse_levels=} not negative"
             )
 
 
@@ -299,8 +306,8 @@ def regenerate(
     Returns:
       what was found, in the order of the images.
     Raises:
-      ValueError: for images that are not uint8 or not of the generator's size, or a generator that
-        knows no forward mode.
+      ValueError: for images that are not uint8 or not of the generator's size, a bank of another
+        size, or a generator that knows no forward mode.
     """
     data.check_images(images, shape=_checked_shape(generator))
     if images.dtype != np.uint8:
@@ -308,6 +315,15 @@ def regenerate(
     count = len(images)
     size = generator.latent_dim
     near = np.zeros((count, 0), int)
+    if bank is not None and (
+        bank.images.shape[1:] != images.shape[1:]
+        or bank.latents.shape != (len(bank.images), size)
+        or not len(bank.images)
+    ):
+        raise ValueError(
+            f"the bank has latents {bank.latents.shape} and images {bank.images.shape}, expected "
+            f"some, [n, {size}] and [n, {', '.join(map(str, images.shape[1:]))}]"
+        )
     if bank is not None and count:
         near = _nearest(bank, images, min(-(-config.num_starts // 2), len(bank.latents)))
 

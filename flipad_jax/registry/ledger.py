@@ -16,6 +16,7 @@ never changed.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from flipad_jax import files
 from flipad_jax.generators import zoo
 from flipad_jax.generators.sampling import TrainedGenerator
-from flipad_jax.registry import user_keys
+from flipad_jax.registry import attributability, user_keys
 
 __all__ = [
     "FORMAT",
@@ -44,6 +45,8 @@ __all__ = [
 
 FORMAT = 1
 _LEDGER, _ROOT, _MODELS = "registry.json", "root.safetensors", "models"
+_RESERVED = ("nobody", "several", "real", "root")  # what else an image can be found to be
+_PARALLEL = 0.999  # cosine of two keys that no image tells apart
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -116,7 +119,7 @@ def create(
             f"{folder} holds a registry already; load it, or choose another place"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    digest = zoo.save_file(folder / _ROOT, root, entry)
+    digest = zoo.save_file(folder / _ROOT, root, _described(entry))
     stored = zoo.load_file(folder / _ROOT)
     ledger = {
         "format": FORMAT,
@@ -165,17 +168,23 @@ def add_users(registry: Registry, names: Sequence[str], keys: np.ndarray) -> Reg
       names: of the new users.
       keys: theirs, `[n, h, w, c]`, unit vectors.
     Raises:
-      ValueError: for a name that is taken, doubled or cannot name a file, or bad keys.
+      ValueError: for a name that is taken, doubled or cannot name a file, bad keys, a key that is
+        (nearly) another one, or a registry that has changed on disk.
     """
     if len(names) != len(keys) or keys.shape[1:] != registry.root.image_shape:
         raise ValueError(
             f"{len(names)} users and keys {keys.shape}: expected one each, of the size of the "
             f"root's images, {registry.root.image_shape}"
         )
-    check_names(registry, names)
+    check_names(registry.names, names)
     everybody = np.concatenate([registry.keys, np.asarray(keys, np.float32)])
+    flat = attributability.check_keys(everybody).astype(np.float64)
+    cosines = np.tril(flat @ flat.T, -1)
+    if cosines.max(initial=0) > _PARALLEL:
+        later, earlier = (int(i) for i in np.argwhere(cosines > _PARALLEL)[0])
+        raise ValueError(f"keys {earlier} and {later} are the same: no image could tell them apart")
     users = (*registry.users, *(User(name) for name in names))
-    ledger = _read(registry.path)
+    ledger = _read_same(registry)
     before = ledger["keys"]
     # Named by their content: the file that the ledger names is never written to.
     digest = hashlib.sha256(everybody.tobytes()).hexdigest()
@@ -208,17 +217,22 @@ def set_model(
       entry: family and widths, as for `create`.
       gamma, distinguishability, reached: from Algorithm 1.
     Raises:
-      ValueError: for an unknown user, one who has a model, or what `zoo.save_file` refuses.
+      ValueError: for an unknown user, one who has a model, numbers that are not finite, a registry
+        that has changed on disk, or what `zoo.save_file` refuses.
     """
+    gamma, distinguishability = float(gamma), float(distinguishability)
+    if not (math.isfinite(gamma) and math.isfinite(distinguishability)):
+        raise ValueError(f"{name}: gamma {gamma} and D {distinguishability}, expected finite ones")
     index = user_index(registry, name)
     if registry.users[index].sha256 is not None:
         raise ValueError(f"{name} has a model already; models are handed out once")
+    ledger = _read_same(registry)
     path = registry.path / _MODELS / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    digest = zoo.save_file(path, generator, {**entry, "user": name, "gamma": gamma})
-    user = User(name, float(gamma), float(distinguishability), bool(reached), digest)
+    # What a user holds says nothing of the key: neither gamma nor the user's name.
+    digest = zoo.save_file(path, generator, _described(entry))
+    user = User(name, gamma, distinguishability, bool(reached), digest)
     users = (*registry.users[:index], user, *registry.users[index + 1 :])
-    ledger = _read(registry.path)
     ledger["users"] = [dataclasses.asdict(user) for user in users]
     _write(registry.path, ledger)
     return dataclasses.replace(registry, users=users)
@@ -251,11 +265,14 @@ def user_index(registry: Registry, name: str) -> int:
     return registry.names.index(name)
 
 
-def check_names(registry: Registry, names: Sequence[str]) -> None:
+def check_names(known: Sequence[str], names: Sequence[str]) -> None:
     """Refuse what `add_users` would refuse, before keys are computed.
 
+    Args:
+      known: users that there are.
+      names: those that shall be added.
     Raises:
-      ValueError: for a name that is taken, doubled or cannot name a file.
+      ValueError: for a name that is taken, doubled, means something else or cannot name a file.
     """
     for name in names:
         if not _NAME.fullmatch(name):
@@ -263,13 +280,32 @@ def check_names(registry: Registry, names: Sequence[str]) -> None:
                 f"user {name!r}: a name has up to 64 letters, digits, '_', '-' and '.', and begins "
                 "with a letter or digit"
             )
-        if name in registry.names:
+        if name.casefold() in _RESERVED:
+            raise ValueError(f"nobody can be called {name!r}: it stands for something else in rows")
+        if name in known:
             raise ValueError(f"user {name!r} has a key already; keys are handed out once")
     # Two names that differ in case only share a file on some systems.
-    folded = [name.casefold() for name in (*registry.names, *names)]
+    folded = [name.casefold() for name in (*known, *names)]
     doubled = sorted({name for name in names if folded.count(name.casefold()) > 1})
     if doubled:
         raise ValueError(f"users {', '.join(doubled)}: names must differ in more than their case")
+
+
+def _described(entry: dict[str, Any]) -> dict[str, Any]:
+    """What makes the generator, without what belongs to the file that it came from."""
+    return {name: value for name, value in entry.items() if name not in ("sha256", "command")}
+
+
+def _read_same(registry: Registry) -> dict[str, Any]:
+    """The ledger on disk, if it is still the one that the object was read from.
+
+    Raises:
+      ValueError: if somebody else has changed it since.
+    """
+    ledger = _read(registry.path)
+    if ledger["users"] != [dataclasses.asdict(user) for user in registry.users]:
+        raise ValueError(f"{registry.path} has changed on disk since it was read: load it again")
+    return ledger
 
 
 def _read(folder: Path) -> dict[str, Any]:

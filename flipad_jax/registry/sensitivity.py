@@ -26,7 +26,7 @@ from flipad_jax.generators import sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.registry import attributability
 
-__all__ = ["Spectrum", "quadratic_form", "spectrum"]
+__all__ = ["Spectrum", "check", "quadratic_form", "spectrum"]
 
 _BATCH = 64
 
@@ -120,6 +120,33 @@ class Spectrum(NamedTuple):
     residual: float
 
 
+def _converged(eigsh: Callable[..., Any], matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return eigsh(matrix, which="LA")
+    except sparse_linalg.ArpackError as error:  # not converged, or no start
+        raise ValueError(f"the Lanczos iteration failed ({error}): a larger tol helps") from error
+
+
+def check(root: TrainedGenerator, num_vectors: int = 1) -> None:
+    """Refuse what `spectrum` would refuse, before anything is computed.
+
+    Raises:
+      ValueError: for a generator whose layers know no forward mode, or more vectors than half of
+        the numbers of an image.
+    """
+    size = int(np.prod(root.image_shape))
+    if not 1 <= num_vectors < size // 2:
+        raise ValueError(f"num_vectors={num_vectors}: expected 1 to {size // 2 - 1}")
+    z = jax.ShapeDtypeStruct((1, root.latent_dim), jnp.float32)
+    try:
+        _derivative.lower(root, z, root.variables["params"])
+    except TypeError as error:
+        raise ValueError(
+            f"{type(root.module).__module__.rpartition('.')[2]}: its layers know no forward mode, "
+            "which products with M need; use a DCGAN, WGAN-GP or EBGAN"
+        ) from error
+
+
 def spectrum(
     root: TrainedGenerator,
     rng: jax.Array,
@@ -142,20 +169,13 @@ def spectrum(
       tol: of ARPACK.
       progress: called with the number of products so far.
     Raises:
-      ValueError: for a generator whose layers know no forward mode, or too many vectors.
+      ValueError: for a generator whose layers know no forward mode, too many vectors, or an
+        iteration that does not converge.
     """
+    check(root, num_vectors)
     size = int(np.prod(root.image_shape))
-    if not 1 <= num_vectors < size // 2:
-        raise ValueError(f"num_vectors={num_vectors}: expected 1 to {size // 2 - 1}")
     latent_rng, start_rng = jax.random.split(rng)
     batches = _batches(root, latent_rng, num_latents)
-    try:
-        _derivative.lower(root, batches[0], root.variables["params"])  # nothing is computed
-    except TypeError as error:
-        raise ValueError(
-            f"{type(root.module).__module__.rpartition('.')[2]}: its layers know no forward mode, "
-            "which products with M need; use a DCGAN, WGAN-GP or EBGAN"
-        ) from error
     start = np.asarray(jax.random.normal(start_rng, (size,), jnp.float32), np.float64)
     count = 0
 
@@ -172,7 +192,7 @@ def spectrum(
 
     eigsh = functools.partial(sparse_linalg.eigsh, k=num_vectors, v0=start, tol=tol)
     matrix = sparse_linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
-    values, vectors = eigsh(matrix, which="LA")
+    values, vectors = _converged(eigsh, matrix)
     order = np.argsort(values)[::-1]
     largest, largest_vectors = values[order], vectors[:, order].T
     top = float(largest[0])
@@ -180,7 +200,7 @@ def spectrum(
     turned = sparse_linalg.LinearOperator(
         (size, size), matvec=lambda v: top * v.ravel() - product(v), dtype=np.float64
     )
-    values, vectors = eigsh(turned, which="LA")
+    values, vectors = _converged(eigsh, turned)
     order = np.argsort(values)[::-1]
     smallest, smallest_vectors = top - values[order], vectors[:, order].T
     pairs = [*zip(largest, largest_vectors), *zip(smallest, smallest_vectors)]

@@ -48,8 +48,6 @@ __all__ = [
     "train_robust",
 ]
 
-_MAX_RUNGS = 60  # of a factor 1.1: a shift three hundred times as long as d_max
-
 Perturb = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -194,22 +192,24 @@ _resist_all = jax.jit(
 def _run(one, everybody, root, state, vectors, rng, config, extra, progress):
     """`config.num_steps` updates of every user; the state and the last losses `[N]`."""
     losses = np.zeros(len(state.user), np.float32)
+    num_steps = config.num_steps
+    config = dataclasses.replace(config, num_steps=1, max_rounds=1)  # one program for any number
     if jax.default_backend() != "cpu":
-        for step in range(config.num_steps):
+        for step in range(num_steps):
             state, values = everybody(root, state, vectors, rng, config, *extra)
             if progress is not None and (step + 1) % 10 == 0:
                 jax.block_until_ready(values)
-                progress(step + 1, config.num_steps)
+                progress(step + 1, num_steps)
         return state, np.asarray(values)
     users = []
     for index in range(len(state.user)):
         own = jax.tree.map(lambda leaf: leaf[index], state)
-        for step in range(config.num_steps):
+        for step in range(num_steps):
             own, value = one(root, own, vectors[index], rng, config, *extra)
             if progress is not None and (step + 1) % 10 == 0:
                 jax.block_until_ready(value)
-                done = index * config.num_steps + step + 1
-                progress(done, len(state.user) * config.num_steps)
+                done = index * num_steps + step + 1
+                progress(done, len(state.user) * num_steps)
         losses[index] = value
         users.append(own)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *users), losses
@@ -316,17 +316,17 @@ def _first_gamma(
       d_max: of the key.
       real: responses of real images.
       config: settings.
+    Returns:
+      gamma, or NaN if none is long enough: too many real images are on the wrong side, or a shift
+      from one end of the pixels' range to the other is not seen.
     """
     gamma = d_max
     wanted = 2 * (1 - config.delta) - float((real < 0).mean())  # share of own images above zero
-    if wanted > 1:
-        return d_max  # no gamma is long enough: real images are on the wrong side
-    for _ in range(_MAX_RUNGS):
-        seen = (np.clip(x + np.float32(gamma) * key, -1, 1) @ key > 0).mean()
-        if seen >= wanted:
+    while wanted <= 1 and gamma <= 2 * config.alpha * key.size**0.5:
+        if (np.clip(x + np.float32(gamma) * key, -1, 1) @ key > 0).mean() >= wanted:
             return gamma
         gamma *= config.alpha
-    return d_max  # beyond the range of the pixels: Algorithm 1 as it is will report it
+    return np.nan
 
 
 def search(
@@ -353,9 +353,12 @@ def search(
       num_images: images of each user's model that D is measured on.
       progress: called with what is being done, how much is done, of how much.
     Returns:
-      The models. Those that are not distinguishable after `max_rounds` are reported, not hidden.
+      The models. Those that are not distinguishable after `max_rounds` are reported, not hidden;
+      one that no gamma makes distinguishable (a key that is not data compliant, say) is not
+      trained: it is the root, after 0 rounds, with gamma d_max.
     Raises:
       ValueError: for keys or real images of another size.
+      FloatingPointError: if a training diverges.
     """
     state = init(root, len(keys), config, first=first)
     keys = np.asarray(_check(root, state, keys))
@@ -371,18 +374,31 @@ def search(
             for key, longest, seen in zip(keys, d_max, real_responses.T)
         ]
     )
-    found = np.zeros(num)
+    own_responses = attributability.responses(keys, images)
+    found = np.array(
+        [
+            attributability.distinguishability(own_responses[:, i], real_responses[:, i])
+            for i in range(num)
+        ]
+    )
     rounds = np.zeros(num, np.int64)
-    open_users = np.arange(num)
-    for round_index in range(config.max_rounds):
+    hopeless = np.isnan(gammas)
+    gammas = np.where(hopeless, d_max, gammas)
+    open_users = np.flatnonzero(~hopeless)
+    for round_index in range(config.max_rounds if open_users.size else 0):
         part = jax.tree.map(lambda leaf: leaf[open_users], state)
         say = None
         if progress is not None:
             text = f"round {round_index + 1}, {len(open_users)} models"
             say = functools.partial(progress, text)
-        part, _ = train(
+        part, losses = train(
             root, part, keys[open_users], gammas[open_users], train_rng, config, progress=say
         )
+        if not np.isfinite(losses).all():
+            raise FloatingPointError(
+                f"the training of models {(first + open_users)[~np.isfinite(losses)].tolist()} "
+                f"diverged in round {round_index + 1}: lower the learning rate"
+            )
         state = jax.tree.map(lambda all_, some: all_.at[open_users].set(some), state, part)
         for place, user in enumerate(open_users):
             model = take_user(root, part, place)
@@ -390,7 +406,7 @@ def search(
             own = attributability.responses(keys[user][None], made)[:, 0]
             found[user] = attributability.distinguishability(own, real_responses[:, user])
         rounds[open_users] += 1
-        open_users = np.flatnonzero(found < 1 - config.delta)
+        open_users = np.flatnonzero((found < 1 - config.delta) & ~hopeless)
         if not open_users.size or round_index + 1 == config.max_rounds:
             break
         gammas[open_users] *= config.alpha

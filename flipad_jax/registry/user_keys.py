@@ -103,6 +103,8 @@ def _flat(name: str, images: np.ndarray | jax.Array, size: int | None = None) ->
         raise ValueError(f"{name} images have shape {images.shape}, expected [n, ...], n >= 2")
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"{name} images are {images.dtype}, expected uint8 or float in [-1, 1]")
+    if not bool(jnp.isfinite(images).all()):
+        raise ValueError(f"{name} images hold NaN or infinity")
     flat = images.reshape(images.shape[0], -1)
     if size is not None and flat.shape[1] != size:
         raise ValueError(
@@ -199,7 +201,8 @@ def sequential(
     Returns:
       `[num_keys, ...]` float32, each of norm 1.
     Raises:
-      ValueError: for images or earlier keys that do not fit.
+      ValueError: for images or earlier keys that do not fit, or NaN.
+      FloatingPointError: if a key diverges, as a learning rate that is far too high makes it.
     """
     real, generated, shape = _check_data(real, generated)
     before = _check_earlier(earlier, shape)
@@ -211,6 +214,8 @@ def sequential(
         key = _solve_one(
             jax.random.fold_in(rng, index), real, generated, known, jnp.int32(index), config
         )
+        if not bool(jnp.isfinite(key).all()):
+            raise FloatingPointError(f"key {index} diverged: lower the learning rate")
         known = known.at[index].set(key)
         if progress is not None:
             progress(index - first + 1)
@@ -311,8 +316,8 @@ def joint(
     u = np.asarray(u, np.float64)
     if not np.isfinite(u).all():
         raise FloatingPointError(
-            f"the keys diverged: steps of {config.learning_rate:g} are too long to stay near right "
-            "angles; lower the learning rate"
+            f"the keys diverged: a learning rate of {config.learning_rate:g} makes steps too long "
+            f"to stay near right angles; lower the learning rate"
         )
     keys = mixing @ _orthonormal(u, basis)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)

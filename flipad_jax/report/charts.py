@@ -47,7 +47,13 @@ def _grid(count: int) -> "tuple[Figure, list]":
 
 
 def scatter_panels(panels: Sequence[Panel]) -> "Figure":
-    """Points of several series, a panel per question, up to three side by side."""
+    """Points of several series, a panel per question, up to three side by side.
+
+    Points that are not finite are left out.
+
+    Raises:
+      ValueError: without a panel.
+    """
     if not panels:
         raise ValueError("scatter_panels needs at least one panel")
     with figures._style():
@@ -86,18 +92,19 @@ def scatter_panels(panels: Sequence[Panel]) -> "Figure":
 
 
 def histograms(values: Mapping[str, np.ndarray], x_label: str) -> "Figure":
-    """A histogram per name, side by side on a common range; the y axis counts."""
+    """A histogram per name, side by side, each on a range of its own; the y axis counts.
+
+    Raises:
+      ValueError: without values.
+    """
     if not values:
         raise ValueError("histograms needs at least one set of values")
     finite = {name: np.asarray(v, float).ravel() for name, v in values.items()}
     finite = {name: v[np.isfinite(v)] for name, v in finite.items()}
-    low = min(v.min(initial=0.0) for v in finite.values())
-    high = max(v.max(initial=0.0) for v in finite.values())
-    edges = np.linspace(low, high if high > low else low + 1, 41)
     with figures._style():
         figure, all_axes = _grid(len(finite))
         for axes, (name, v) in zip(all_axes, finite.items()):
-            axes.hist(v, bins=edges, color=figures._OWN)
+            axes.hist(v, bins=40, color=figures._OWN)
             axes.set_title(printable(name))
             axes.set_xlabel(x_label)
             axes.grid(True, axis="y")
@@ -105,19 +112,24 @@ def histograms(values: Mapping[str, np.ndarray], x_label: str) -> "Figure":
     return figure
 
 
-def matrix_map(matrix: np.ndarray, names: Sequence[str], title: str) -> "Figure":
+def matrix_map(
+    matrix: np.ndarray, names: Sequence[str], title: str, *, smallest: float = 0.0
+) -> "Figure":
     """A square matrix with its names; blue below zero, red above, white at zero.
 
     Args:
       matrix: `[n, n]`; NaN stays grey.
       names: n of them; left out where there are more than 30.
       title: above it.
+      smallest: the scale of colours reaches this far at least, so that rounding errors stay white.
+    Raises:
+      ValueError: for another number of names.
     """
     matrix = np.asarray(matrix, float)
     if matrix.shape != (len(names),) * 2:
         raise ValueError(f"matrix {matrix.shape} has {len(names)} names")
     side = min(1.6 + 0.24 * len(names), 6.0)
-    most = float(np.nanmax(np.abs(matrix), initial=1e-12))
+    most = float(np.nanmax(np.abs(matrix), initial=max(smallest, 1e-12)))
     with figures._style():
         figure = figures._new_figure(side + 1.2, side + 0.4)
         axes = figure.subplots()

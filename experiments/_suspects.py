@@ -1,0 +1,45 @@
+"""Files that are asked about, and the file of answers: of `attribute` and `registry`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments._record import UsageError
+from flipad_jax import data
+
+__all__ = ["check_output", "find"]
+
+
+def find(path: str, workdir: Path) -> data.Found:
+    """The files to judge; what an earlier start drew into the workdir is none of them.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    found = data.find_images(path)
+    root, own = Path(found.root).resolve(), workdir.resolve()
+    if root != own and root not in own.parents:
+        return found
+    inside = "" if root == own else own.relative_to(root).as_posix() + "/"
+    return found._replace(paths=tuple(p for p in found.paths if not p.startswith(inside)))
+
+
+def check_output(path: Path, columns: Sequence[str]) -> None:
+    """Refuse an output that would destroy something else.
+
+    Args:
+      path: of the answers.
+      columns: that a file of answers begins with.
+    Raises:
+      UsageError: for another extension, or a file that holds no answers.
+    """
+    if path.suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"--output={path}: expected a name that ends in .csv or .jsonl")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UsageError(f"--output={path} is there and no file; give another name")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline().strip()
+    ours = first.startswith((",".join(columns), f'{{"{columns[0]}": '))
+    if first and not ours:
+        raise UsageError(f"--output={path} is there and holds no rows of ours; give another name")
