@@ -508,15 +508,16 @@ def _clear(run: Run) -> None:
 
 
 def _is_debris(path: Path) -> bool:
-    """Whether a file is the lock, or what `replacing` was writing when it was killed."""
+    """Whether a file is the lock, or what was being written (by `replacing`, or by
+    `files.write_atomically`) when the process was killed."""
     return path.name == ".lock" or bool(
-        re.fullmatch(r".+\.(flags|jsonl?|npz)\.\d+\.tmp", path.name)
+        re.fullmatch(r".+\.(csv|flags|jsonl?|npz)\.\d+\.tmp|\..+\.\d+\.partial", path.name)
     )
 
 
 def _repair(run: Run) -> None:
     """Remove what a killed process left half written."""
-    for path in [*run.workdir.iterdir(), *run.workdir.glob("stages/*")]:
+    for path in [*run.workdir.iterdir(), *run.workdir.glob("*/*")]:
         if _is_debris(path) and path.name != ".lock":
             path.unlink()
     metrics = run.workdir / "metrics.jsonl"

@@ -185,7 +185,6 @@ def add_users(registry: Registry, names: Sequence[str], keys: np.ndarray) -> Reg
         raise ValueError(f"keys {earlier} and {later} are the same: no image could tell them apart")
     users = (*registry.users, *(User(name) for name in names))
     ledger = _read_same(registry)
-    before = ledger["keys"]
     # Named by their content: the file that the ledger names is never written to.
     digest = hashlib.sha256(everybody.tobytes()).hexdigest()
     file = f"keys-{digest[:16]}.safetensors"
@@ -193,8 +192,9 @@ def add_users(registry: Registry, names: Sequence[str], keys: np.ndarray) -> Reg
     ledger["keys"] = {"file": file, "sha256": _digest(registry.path / file)}
     ledger["users"] = [dataclasses.asdict(user) for user in users]
     _write(registry.path, ledger)
-    if before is not None and before["file"] != file:
-        (registry.path / before["file"]).unlink(missing_ok=True)
+    for other in registry.path.glob("keys-*.safetensors"):  # also those of a process that died
+        if other.name != file:
+            other.unlink(missing_ok=True)
     return dataclasses.replace(registry, keys=everybody, users=users)
 
 
