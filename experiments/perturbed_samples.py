@@ -36,9 +36,9 @@ class Config(_attribution.Settings):
     ours: tuple[str, ...] = setting(
         (), "Architectures that are ours in turn, all of them rivals; () for all of --families."
     )
-    num_own: int = setting(1000, "Own images that a detector learns.", lower_bound=64)
-    num_real: int = setting(1000, "Real images that DeepSAD learns.", lower_bound=8)
-    num_test: int = setting(250, "Test images of every source.", lower_bound=8)
+    num_own: int = setting(750, "Own images that a detector learns.", lower_bound=64)
+    num_real: int = setting(750, "Real images that DeepSAD learns.", lower_bound=8)
+    num_test: int = setting(200, "Test images of every source.", lower_bound=8)
 
 
 PRESETS = {
@@ -48,7 +48,7 @@ PRESETS = {
         "methods": ("rawpad", "flipad", "one_class"),
         "perturbations": ("blur-3", "jpeg-80"),
     },
-    "demo": {},
+    "demo": {"ours": ("dcgan",)},  # all four in turn take an hour
     "paper": _attribution.PAPER,
 }
 
