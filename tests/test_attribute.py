@@ -208,7 +208,7 @@ def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tm
         ({"attributor": tmp_path / "nothing"}, "not an attributor"),
         ({"images": tmp_path / "nothing"}, "no such file or folder"),
         ({"output": tmp_path / "v.txt"}, ".csv or .jsonl"),
-        ({"output": notes}, "holds no verdicts"),
+        ({"output": notes}, "holds no rows of ours"),
         ({"fnr": 1.5}, "at most 1"),
     ):
         flags = {**good, **change, "workdir": tmp_path / "w"}

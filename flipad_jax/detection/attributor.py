@@ -353,14 +353,6 @@ def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
     return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
 
 
-def _rows(batches, count: int, layer: FinalLayer) -> FeatureRows:
-    """Activations of all images, in memory or, if they are large, in a temporary file."""
-    rows = FeatureRows((count, *layer.operator.input_shape))
-    for start, batch in batches:
-        rows[start : start + len(batch)] = batch
-    return rows
-
-
 def fit(
     layer: FinalLayer,
     z_bar: np.ndarray | jax.Array,
@@ -441,10 +433,17 @@ def fit(
     if config.detector == "one_class":
         reference, fitting = rest[:num_calibration], rest[num_calibration:]
         inverted = fitting if impostors is None else fitting[: config.num_inverted]
-        fitted_on, held_out = (
-            _rows(raw(generated[part], "inverting own images"), len(part), layer)
-            for part in (inverted, reference)
-        )
+        chosen = generated[np.concatenate([reference, inverted])]
+        activation = layer.operator.input_shape
+        held_out = FeatureRows((len(reference), *activation))
+        fitted_on = FeatureRows((len(inverted), *activation))
+        for start, batch in raw(chosen, "inverting own images"):
+            cut = min(max(len(reference) - start, 0), len(batch))
+            if cut:
+                held_out[start : start + cut] = batch[:cut]
+            if cut < len(batch):
+                first = start + cut - len(reference)
+                fitted_on[first : first + len(batch) - cut] = batch[cut:]
         moments = map(_moments, fitted_on.batches(config.batch_size))
         profile = _profile(functools.reduce(_merge_moments, moments))
         classifier = None
