@@ -440,10 +440,10 @@ def fit(
         for start, batch in raw(chosen, "inverting own images"):
             cut = min(max(len(reference) - start, 0), len(batch))
             if cut:
-                held_out[start : start + cut] = batch[:cut]
+                held_out[start : start + cut] = np.asarray(batch[:cut])
             if cut < len(batch):
                 first = start + cut - len(reference)
-                fitted_on[first : first + len(batch) - cut] = batch[cut:]
+                fitted_on[first : first + len(batch) - cut] = np.asarray(batch[cut:])
         moments = map(_moments, fitted_on.batches(config.batch_size))
         profile = _profile(functools.reduce(_merge_moments, moments))
         classifier = None
