@@ -119,7 +119,6 @@ SMOKE: dict[str, Any] = {
     "num_generated": 200,
     "num_steps": 12,
     "batch_size": 8,
-    "learning_rate": 3e-3,
     "max_rounds": 2,
     "num_search": 60,
     "num_test": 60,

@@ -17,8 +17,8 @@ from flipad_jax.registry import ledger, user_generators
 TRAINED = (
     "--key_steps=300",
     "--num_generated=1000",
-    "--num_steps=150",
-    "--batch_size=16",
+    "--num_steps=200",
+    "--batch_size=32",
     "--max_rounds=8",
     "--num_search=300",
     "--num_test=200",

@@ -172,7 +172,9 @@ def _resist(root, state, key, rng, config, perturb):
 
     def loss(params):
         images = _images(root, params, z)
-        seen = jax.lax.cond(perturbed, lambda x: perturb(perturb_rng, x), lambda x: x, images)
+        seen = jax.lax.cond(
+            perturbed, lambda x: perturb(perturb_rng, x).astype(x.dtype), lambda x: x, images
+        )
         responses = seen.reshape(len(seen), -1) @ key.ravel()
         hinge = jnp.maximum(1 - responses, 0).mean()
         return hinge + config.quality * jnp.mean(jnp.square(images - clean))
