@@ -88,7 +88,7 @@ class KeyConfig:
 
 # What `joint` does without being told: the excess makes d_max of 20 keys of digits 2.1, where it
 # was 7.3, all of them compliant on held-out digits in both cases.
-JOINT = KeyConfig(num_steps=200, learning_rate=3e-3, excess=0.3)
+JOINT = KeyConfig(num_steps=150, learning_rate=3e-3, excess=0.3)
 
 
 def _float(images: jax.Array) -> jax.Array:
