@@ -516,7 +516,12 @@ def _run(argv: Sequence[str], package: str) -> int:
     rest = values(argv)[1:]
     for name, flag in settings.items():
         if not flag.present and name in remembered:
-            flag.value = flag.parser.parse(remembered[name])
+            try:
+                flag.value = flag.parser.parse(remembered[name])
+            except ValueError as error:
+                raise UsageError(
+                    f"{early.workdir}/config.flags: {name}={remembered[name]}: {error}"
+                ) from None
     if rest:
         hint = f"; did you mean --experiment={rest[0]}?" if rest[0] in names else ""
         raise UsageError(f"unexpected argument {rest[0]!r}: flags are --name=value{hint}")

@@ -27,18 +27,18 @@ from flipad_jax.registry.user_keys import KeyConfig
 
 __all__ = [
     "KEY_METHODS",
+    "PAPER",
     "SMOKE",
     "Images",
     "Measured",
     "Settings",
-    "PAPER",
     "UserModel",
     "check",
     "features_name",
     "frechet_statistics",
+    "keys_text",
     "load_images",
     "load_root",
-    "keys_text",
     "make_keys",
     "make_models",
     "mean_std",
@@ -135,7 +135,6 @@ PAPER: dict[str, Any] = {
     "num_steps": 37_500,
     "batch_size": 16,
     "together": 20,
-    "num_search": 1000,
     "num_test": 5000,
 }
 
@@ -402,11 +401,11 @@ def measure(
 
     def compute() -> dict[str, Any]:
         latent_rng = rng(settings, 3, index)
-        found, errors, shifts, shown = [], [], [], []
-        total, squares = 0.0, 0.0
+        found, errors, shown = [], [], []
+        total, squares, norms = 0.0, 0.0, 0.0
 
         def batches():
-            nonlocal total, squares
+            nonlocal total, squares, norms
             for start in range(0, settings.num_test, _BATCH):
                 count = min(_BATCH, settings.num_test - start)
                 z = sampling.latents(latent_rng, start + jnp.arange(_BATCH), root.latent_dim)
@@ -418,7 +417,7 @@ def measure(
                 errors.append(attributability.responses(keys, error))
                 flat = error.reshape(count, -1).astype(np.float64)
                 total, squares = total + flat.sum(axis=0), squares + np.square(flat).sum(axis=0)
-                shifts.append(difference)
+                norms += np.linalg.norm(difference.reshape(count, -1), axis=1).sum(dtype=np.float64)
                 shown.append(images[:16])
                 yield images
 
@@ -426,14 +425,16 @@ def measure(
         statistics = frechet.statistics(features(images) for images in batches())
         along = np.concatenate(errors).astype(np.float64)
         mean = total / settings.num_test
-        length = attributability.shift_length(shifts)
         return {
             "responses": np.concatenate(found),
             "error_along_mean": along.mean(axis=0),
             "error_along_std": along.std(axis=0, ddof=1),
             "error_mean": mean,
             "error_variance": np.maximum(squares / settings.num_test - np.square(mean), 0),
-            "shift": np.array([length.of_mean, length.mean]),
+            # The mean difference is mu + gamma phi.
+            "shift": np.array(
+                [np.linalg.norm(mean + gamma * keys[index].ravel()), norms / settings.num_test]
+            ),
             "distance": frechet.distance(statistics, real),
             "images": shown[0],
         }

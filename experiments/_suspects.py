@@ -17,9 +17,9 @@ def find(path: str, workdir: Path) -> data.Found:
     """
     found = data.find_images(path)
     root, own = Path(found.root).resolve(), workdir.resolve()
-    if root != own and root not in own.parents:
+    if root not in own.parents:
         return found
-    inside = "" if root == own else own.relative_to(root).as_posix() + "/"
+    inside = own.relative_to(root).as_posix() + "/"
     return found._replace(paths=tuple(p for p in found.paths if not p.startswith(inside)))
 
 

@@ -15,7 +15,7 @@ WORKDIR/models/NAME.safetensors; `zoo.load_file` reads it.
 
 import csv
 import dataclasses
-import functools
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -235,8 +235,11 @@ def _test(config, record: Run, registry, images) -> dict[str, Any]:
             made = sampling.generate(model, rng, config.num_test)
             tables[index] = attributability.responses(registry.keys, made)
             before = sampling.generate(registry.root, rng, config.num_test)
-            difference = data.to_float(made) - data.to_float(before)
-            shifts[index] = attributability.shift_length([difference]).mean
+            differences = (
+                data.to_float(made[i : i + _BLOCK]) - data.to_float(before[i : i + _BLOCK])
+                for i in range(0, len(made), _BLOCK)
+            )
+            shifts[index] = attributability.shift_length(differences).mean
             bar.update()
     shares = {}
     for who, table in [*tables.items(), ("real", real)]:
@@ -297,25 +300,15 @@ def _write_rows(config, output: Path, rows: list[Row]) -> None:
         records.append(fields)
     columns = [*COLUMNS, *([f"towards_{config.ask}"] if config.ask else [])]
     with replacing(output) as file:
-        write = functools.partial(_encoded, file)
+        # File names are bytes, not always text.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         if output.suffix == ".jsonl":
-            for fields in records:
-                write(json.dumps(fields) + "\n")
-            return
-        writer = csv.DictWriter(_Text(write), columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def _encoded(file, text: str) -> None:
-    # File names are bytes, not always text.
-    file.write(text.encode("utf-8", "surrogateescape"))
-
-
-class _Text(NamedTuple):
-    """What the csv module writes to."""
-
-    write: Any
+            text.writelines(json.dumps(fields) + "\n" for fields in records)
+        else:
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+        text.detach()  # `replacing` closes the file
 
 
 def _counts(registry, rows: list[Row]) -> dict[str, int]:

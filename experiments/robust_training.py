@@ -116,7 +116,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             }
             if quality == config.qualities[0]:
                 shown[_SHOWN[name]] = measured[0].images
-        results["after"][f"{quality:g}"] = by_name
+        results["after"][repr(quality).removesuffix(".0")] = by_name
     _write_page(config, record, results, shown, keys, images)
     return results
 

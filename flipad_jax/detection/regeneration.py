@@ -394,7 +394,7 @@ def _search(generator, images, start_at, config, best: Regenerated, progress) ->
     latents = np.zeros((places, generator.latent_dim), np.float32)
     remaining = np.full(count, config.num_starts)
     decided = 0
-    states = None
+    states, asked = None, None
     while True:
         fresh = _refill(queue, running, best.proved, places)
         if fresh:
@@ -404,10 +404,11 @@ def _search(generator, images, start_at, config, best: Regenerated, progress) ->
                 shown[place] = images[index]
                 latents[place] = start_at(index, number)
                 best.starts[index] += 1
-            states = _enter(generator, shown, latents, states, [p for p, _ in fresh], config)
+            asked = jnp.array(shown)  # a copy, moved when it changes and not in every step
+            states = _enter(generator, asked, latents, states, [p for p, _ in fresh], config)
         if not any(running):
             break
-        states, rmse, largest = _update_all(generator, jnp.asarray(shown), states, config)
+        states, rmse, largest = _update_all(generator, asked, states, config)
         rmse, largest, stuck = jax.device_get((rmse, largest, states.stuck))
         z = None
         for place, pair in enumerate(running):
@@ -453,7 +454,7 @@ def _refill(
 
 def _enter(generator, shown, latents, states, entering: list[int], config) -> RegenerationState:
     """New states in the places that are entered, the others as they were."""
-    new = _init_all(generator, jnp.asarray(shown), jnp.asarray(latents), config)
+    new = _init_all(generator, shown, jnp.array(latents), config)
     if states is None:
         return new
     mask = np.zeros(len(shown), bool)
