@@ -153,24 +153,34 @@ def load(
       families: names in `zoo.FAMILIES`.
       seeds: one generator each.
     """
-    images = data.load(
-        settings.dataset,
-        split="train",
-        image_size=settings.image_size,
-        num_images=settings.num_gan_images or None,
-        seed=settings.data_seed,
-        data_dir=settings.data_dir or None,
-    )
+
+    def training_images(num_images: int | None) -> np.ndarray:
+        return data.load(
+            settings.dataset,
+            split="train",
+            image_size=settings.image_size,
+            num_images=num_images,
+            seed=settings.data_seed,
+            data_dir=settings.data_dir or None,
+        )
+
+    # What names a generator is the shape of the images only. Where their number is given, one of
+    # them tells it; all are read when something is to be trained.
+    count = settings.num_gan_images or None
+    images = training_images(count and 1)
+    shape = (count or len(images), *images.shape[1:])
     folder = Path(settings.generators)
     found: dict[str, dict[int, TrainedGenerator]] = {}
     for family in families:
-        entries = {seed: _entry(family, seed, settings, images.shape) for seed in seeds}
+        entries = {seed: _entry(family, seed, settings, shape) for seed in seeds}
         missing = [
             seed
             for seed, entry in entries.items()
             if _in_zoo(entry) is None and not _path(folder, entry).exists()
         ]
         if missing:
+            if len(images) < shape[0]:
+                images = training_images(count)
             _train(family, missing, entries, images, settings, folder, record)
         found[family] = {
             seed: _in_zoo(entry) or zoo.load_file(_path(folder, entry))

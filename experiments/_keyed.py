@@ -28,9 +28,15 @@ from flipad_jax.registry.user_keys import KeyConfig
 __all__ = [
     "KEY_METHODS",
     "PAPER",
+    "PAPER_KEYS",
+    "PAPER_MODELS",
     "SMOKE",
+    "SMOKE_KEYS",
+    "SMOKE_MODELS",
     "Images",
+    "KeySettings",
     "Measured",
+    "ModelSettings",
     "Settings",
     "UserModel",
     "check",
@@ -56,8 +62,8 @@ _BATCH = 250
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of all experiments of paper 2."""
+class KeySettings:
+    """Settings of every experiment of paper 2: root, data, search of keys."""
 
     seed: int = setting(0, "Keys, latents and perturbations are drawn from it.", lower_bound=0)
     root: str = setting(
@@ -66,39 +72,32 @@ class Settings:
     dataset: str = setting("digits", "Authentic images: digits, photos, a TFDS name, or a folder.")
     data_dir: str = setting("", "Where TFDS data sets lie; its default if empty.")
     data_seed: int = setting(0, "Seed of the data split, that of the root's.", lower_bound=0)
-    num_users: int = setting(20, "Keys and keyed models.", lower_bound=2)
-    key_method: str = setting(
-        "joint", "All keys as one problem, or eq. 9 one after the other.", choices=KEY_METHODS
-    )
     key_steps: int = setting(300, "Steps of Adam for the keys.", lower_bound=1)
     num_generated: int = setting(
         4000, "Images of the root that keys are optimised on, as many real ones.", lower_bound=8
     )
+
+    def key_config(self, method: str) -> KeyConfig:
+        """Settings of the key search by one of `KEY_METHODS`."""
+        if method == "joint":
+            return dataclasses.replace(user_keys.JOINT, num_steps=self.key_steps)
+        return KeyConfig(num_steps=self.key_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(KeySettings):
+    """Settings of experiments that train keyed models."""
+
+    num_users: int = setting(20, "Keys and keyed models.", lower_bound=2)
     num_steps: int = setting(300, "Updates of a model, per round of Algorithm 1.", lower_bound=1)
     batch_size: int = setting(32, "Latents per update.", lower_bound=1)
     learning_rate: float = setting(1e-3, "Of Adam, betas 0.9 and 0.99.", lower_bound=0.0)
     delta: float = setting(0.01, "Algorithm 1 wants D of at least 1 minus this.", lower_bound=0.0)
     alpha: float = setting(1.1, "Factor of gamma from round to round.", lower_bound=1.0)
     max_rounds: int = setting(10, "Rounds of Algorithm 1, at most.", lower_bound=1)
-    together: int = setting(
-        1, "Models that are trained in one program; a CPU trains them in turn.", lower_bound=1
-    )
     num_search: int = setting(
         1000, "Images of a model, and real ones, that Algorithm 1 looks at.", lower_bound=8
     )
-    num_test: int = setting(1000, "Images of every model that judge it.", lower_bound=8)
-    features: str = setting(
-        "embedded",
-        "Of the Frechet distance: the embedded classifier, or inception (pool3, as FID has it).",
-        choices=("embedded", "inception"),
-    )
-    inception_weights: str = setting("", "File of Inception-V3 weights (pytorch-fid's).")
-
-    def key_config(self) -> KeyConfig:
-        """Settings of the key search."""
-        if self.key_method == "joint":
-            return dataclasses.replace(user_keys.JOINT, num_steps=self.key_steps)
-        return KeyConfig(num_steps=self.key_steps)
 
     def keyed_config(self, **changes: Any) -> KeyedConfig:
         """Settings of Algorithm 1, eq. 10 and eq. 12."""
@@ -113,34 +112,55 @@ class Settings:
         return KeyedConfig(**{**common, **changes})
 
 
-SMOKE: dict[str, Any] = {
+@dataclasses.dataclass(frozen=True)
+class Settings(ModelSettings):
+    """Settings of experiments that measure the models they train."""
+
+    key_method: str = setting(
+        "joint", "All keys as one problem, or eq. 9 one after the other.", choices=KEY_METHODS
+    )
+    num_test: int = setting(1000, "Images of every model that judge it.", lower_bound=8)
+    features: str = setting(
+        "embedded",
+        "Of the Frechet distance: the embedded classifier, or inception (pool3, as FID has it).",
+        choices=("embedded", "inception"),
+    )
+    inception_weights: str = setting("", "File of Inception-V3 weights (pytorch-fid's).")
+
+
+# Presets of the three classes.
+SMOKE_KEYS: dict[str, Any] = {"key_steps": 40, "num_generated": 200}
+SMOKE_MODELS: dict[str, Any] = {
+    **SMOKE_KEYS,
     "num_users": 2,
-    "key_steps": 40,
-    "num_generated": 200,
     "num_steps": 12,
     "batch_size": 8,
     "max_rounds": 2,
     "num_search": 60,
-    "num_test": 60,
 }
+SMOKE: dict[str, Any] = {**SMOKE_MODELS, "num_test": 60}
 
 # MNIST in the paper: 10 epochs of its 60 000 images, batch 16 ([P2] Table 3).
-PAPER: dict[str, Any] = {
+PAPER_KEYS: dict[str, Any] = {
     "root": "",  # to be trained on all of MNIST: none ships
     "dataset": "mnist",
-    "num_users": 100,
-    "key_method": "sequential",
     "key_steps": 37_500,
     "num_generated": 50_000,
+}
+PAPER_MODELS: dict[str, Any] = {
+    **PAPER_KEYS,
+    "num_users": 100,
     "num_steps": 37_500,
     "batch_size": 16,
-    "together": 20,
-    "num_test": 5000,
 }
+PAPER: dict[str, Any] = {**PAPER_MODELS, "key_method": "sequential", "num_test": 5000}
 
 
 class Images(NamedTuple):
-    """Real images by use, and the root's that keys are made of; uint8 `[n, h, w, c]`."""
+    """Real images by use, and the root's that keys are made of; uint8 `[n, h, w, c]`.
+
+    A split that an experiment does not look at is not read: `[0, h, w, c]`.
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -148,24 +168,27 @@ class Images(NamedTuple):
     generated: np.ndarray
 
 
-def check(settings: Settings) -> None:
+def check(settings: KeySettings) -> None:
     """Find what cannot work before minutes are spent.
 
     Raises:
       ValueError: naming the setting.
     """
-    if settings.features == "inception" and not settings.inception_weights:
-        raise ValueError("--features=inception needs --inception_weights=FILE")
+    if isinstance(settings, Settings):
+        if settings.features == "inception" and not settings.inception_weights:
+            raise ValueError("--features=inception needs --inception_weights=FILE")
     if not settings.root:
         raise ValueError(
             "--root is missing: a file of --experiment=train_generator, trained on the same data "
             f"set, or a generator of the zoo: {', '.join(zoo.names())}"
         )
-    settings.keyed_config()
-    settings.key_config()
+    for method in KEY_METHODS:
+        settings.key_config(method)
+    if isinstance(settings, ModelSettings):
+        settings.keyed_config()
 
 
-def load_root(settings: Settings) -> TrainedGenerator:
+def load_root(settings: KeySettings) -> TrainedGenerator:
     """G_0, by its name in the zoo or from a file.
 
     Raises:
@@ -181,22 +204,31 @@ def load_root(settings: Settings) -> TrainedGenerator:
     return zoo.load_file(settings.root)
 
 
-def load_images(settings: Settings, root: TrainedGenerator) -> Images:
-    """Real images of the three splits and images of the root.
+def load_images(
+    settings: KeySettings, root: TrainedGenerator, *, num_validation: int = 0, num_test: int = 0
+) -> Images:
+    """Real images of the splits and images of the root.
 
+    Args:
+      settings: `num_generated` says how many images of the training split and of the root.
+      root: G_0.
+      num_validation, num_test: images of the other two splits, or as many as there are; 0: none.
     Raises:
       ValueError: if the data set has images of another size or colour than the root.
     """
 
     def load(split: str, most: int) -> np.ndarray:
-        images = data.load(
+        if not most:
+            return np.zeros((0, *root.image_shape), np.uint8)
+        return data.load(
             settings.dataset,
             split=split,
             image_size=root.image_shape[0],
+            num_images=most,
+            exact=False,
             seed=settings.data_seed,
             data_dir=settings.data_dir or None,
         )
-        return images[:most]
 
     train = load("train", settings.num_generated)
     if train.shape[1:] != root.image_shape:
@@ -206,13 +238,13 @@ def load_images(settings: Settings, root: TrainedGenerator) -> Images:
         )
     return Images(
         train,
-        load("validation", settings.num_search),
-        load("test", settings.num_test),
+        load("validation", num_validation),
+        load("test", num_test),
         sampling.generate(root, rng(settings, 0), settings.num_generated),
     )
 
 
-def rng(settings: Settings, *path: int) -> jax.Array:
+def rng(settings: KeySettings, *path: int) -> jax.Array:
     """The key of one use: 0 images of the root, 1 keys, 2 training, 3 measuring, ..."""
     found = jax.random.key(settings.seed)
     for part in path:
@@ -221,43 +253,46 @@ def rng(settings: Settings, *path: int) -> jax.Array:
 
 
 def make_keys(
-    settings: Settings,
+    settings: KeySettings,
     record: Run,
     images: Images,
+    num_keys: int,
+    method: str,
     *,
-    num_keys: int | None = None,
     cosine: float = 0.0,
     name: str = "keys",
 ) -> np.ndarray:
-    """Keys `[N, h, w, c]`: a stage of the run. A cosine other than 0 is always found jointly."""
-    count = num_keys or settings.num_users
-    method = settings.key_method if not cosine else "joint"
-    config = dataclasses.replace(settings, key_method=method).key_config()
+    """Keys `[num_keys, h, w, c]` by one of `KEY_METHODS`: a stage of the run.
+
+    A cosine other than 0 is always found jointly.
+    """
+    method = method if not cosine else "joint"
+    config = settings.key_config(method)
 
     def compute() -> dict[str, np.ndarray]:
         key_rng = rng(settings, 1, round(1000 * cosine))
         if method == "joint":
             found = user_keys.joint(
-                key_rng, images.train, images.generated, count, cosine=cosine, config=config
+                key_rng, images.train, images.generated, num_keys, cosine=cosine, config=config
             )
             return {"keys": found}
-        with record.progress(count, f"{count} keys by eq. 9") as bar:
+        with record.progress(num_keys, f"{num_keys} keys by eq. 9") as bar:
             found = user_keys.sequential(
                 key_rng,
                 images.train,
                 images.generated,
-                count,
+                num_keys,
                 config=config,
                 progress=lambda _: bar.update(),
             )
         return {"keys": found}
 
-    return record.stage(name, compute, text=f"{count} keys ({method})")["keys"]
+    return record.stage(name, compute, text=f"{num_keys} keys ({method})")["keys"]
 
 
-def root_test_images(settings: Settings, root: TrainedGenerator) -> np.ndarray:
-    """Images of G_0, `num_test` of them, that no key and no model was made of."""
-    return sampling.generate(root, rng(settings, 4), settings.num_test)
+def root_test_images(settings: KeySettings, root: TrainedGenerator, num_images: int) -> np.ndarray:
+    """Images of G_0 that no key and no model was made of."""
+    return sampling.generate(root, rng(settings, 4), num_images)
 
 
 class UserModel(NamedTuple):
@@ -271,19 +306,20 @@ class UserModel(NamedTuple):
 
 
 def make_models(
-    settings: Settings,
+    settings: ModelSettings,
     record: Run,
     root: TrainedGenerator,
     images: Images,
     keys: np.ndarray,
     *,
+    together: int = 1,
     name: str = "model",
 ) -> list[UserModel]:
-    """Algorithm 1 for every key, `settings.together` of them in a stage."""
+    """Algorithm 1 for every key, `together` of them in a stage."""
     config = settings.keyed_config()
     found = []
-    for first in range(0, len(keys), settings.together):
-        part = keys[first : first + settings.together]
+    for first in range(0, len(keys), together):
+        part = keys[first : first + together]
         last = first + len(part) - 1
         stage = f"{name}-{first}" if last == first else f"{name}-{first}-{last}"
         compute = functools.partial(_search, settings, record, root, images, part, first, config)
@@ -492,11 +528,10 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
     return f"{array.mean():.{digits}f} ({deviation:.{digits}f})"
 
 
-def keys_text(settings: Settings, images: Images, *, method: str | None = None) -> str:
+def keys_text(settings: KeySettings, images: Images, method: str) -> str:
     """How the keys were found, for the page."""
-    chosen = dataclasses.replace(settings, key_method=method or settings.key_method)
-    config = chosen.key_config()
-    how = "all at once" if chosen.key_method == "joint" else "one after the other by eq. 9"
+    config = settings.key_config(method)
+    how = "all at once" if method == "joint" else "one after the other by eq. 9"
     excess = (
         f", with weight {config.excess:g} on responses beyond -2, which eq. 9 does not have"
         if config.excess
@@ -509,7 +544,7 @@ def keys_text(settings: Settings, images: Images, *, method: str | None = None) 
     )
 
 
-def models_text(settings: Settings, images: Images) -> str:
+def models_text(settings: ModelSettings, images: Images) -> str:
     """How the models were trained, for the page."""
     return (
         f"Algorithm 1: {settings.num_steps} updates of {settings.batch_size} latents a round, "

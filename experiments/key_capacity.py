@@ -21,8 +21,8 @@ from flipad_jax.registry import attributability, user_keys
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_keyed.Settings):
-    """Settings of the capacity study; `num_users` and the training of models play no part."""
+class Config(_keyed.KeySettings):
+    """Settings of the capacity study."""
 
     counts: tuple[int, ...] = setting(
         (10, 30, 100, 300, 600, 900), "Numbers of keys, all at once.", lower_bound=2
@@ -33,12 +33,19 @@ class Config(_keyed.Settings):
     compliance: float = setting(
         0.99, "Share of real images that a key must have on its side.", upper_bound=1.0
     )
+    num_test: int = setting(
+        1000, "Images of the data, and of the root, that judge the keys.", lower_bound=8
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {**_keyed.SMOKE, "counts": (2, 8), "sequential_counts": (2,)},
+    "smoke": {**_keyed.SMOKE_KEYS, "num_test": 60, "counts": (2, 8), "sequential_counts": (2,)},
     "demo": {},
-    "paper": {**_keyed.PAPER, "sequential_counts": (10, 30, 100, 300)},
+    "paper": {
+        **_keyed.PAPER_KEYS,
+        "num_test": 5000,
+        "sequential_counts": (10, 30, 100, 300),
+    },
 }
 
 
@@ -47,24 +54,23 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     _keyed.check(config)
     check_once(config, "counts", "sequential_counts")
     root = _keyed.load_root(config)
-    images = _keyed.load_images(config, root)
+    images = _keyed.load_images(config, root, num_test=config.num_test)
     size = int(np.prod(root.image_shape))
     too_many = [n for n in (*config.counts, *config.sequential_counts) if n > size]
     if too_many:
         raise ValueError(
             f"--counts: {max(too_many)} orthogonal keys do not fit images of {size} numbers"
         )
-    root_images = _keyed.root_test_images(config, root)
+    root_images = _keyed.root_test_images(config, root, config.num_test)
     mean_image = np.concatenate([data.to_float(images.test), data.to_float(root_images)]).mean(0)
     rows = []
     for method, counts in (
         ("joint", sorted(config.counts)),
         ("sequential", sorted(config.sequential_counts)),
     ):
-        chosen = dataclasses.replace(config, key_method=method)
         for count in counts:
             name = f"keys-{method}-{count}"
-            keys = _keyed.make_keys(chosen, record, images, num_keys=count, name=name)
+            keys = _keyed.make_keys(config, record, images, count, method, name=name)
             found = user_keys.describe(keys, images.test, root_images)
             to_mean = attributability.responses(keys, mean_image[None])[0]
             rows.append(
@@ -167,8 +173,8 @@ def _write_page(config, record, results, images) -> None:
                 "Keys at right angles share out the squared length of the data's mean: the more "
                 "there are, the nearer each of them is to the data (bound). Where the worst key "
                 "no longer keeps real images on its side, D falls with it.",
-                _keyed.keys_text(config, images, method="joint"),
-                _keyed.keys_text(config, images, method="sequential"),
+                _keyed.keys_text(config, images, "joint"),
+                _keyed.keys_text(config, images, "sequential"),
                 f"Judged on {len(images.test)} test images and {config.num_test} others of the "
                 "root. Seconds include compiling, anew for every number of keys.",
             ],

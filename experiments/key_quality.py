@@ -57,10 +57,12 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     _keyed.check(config)
     root = _keyed.load_root(config)
     sensitivity.check(root, config.num_eigenvectors)
-    images = _keyed.load_images(config, root)
+    images = _keyed.load_images(
+        config, root, num_validation=config.num_search, num_test=config.num_test
+    )
     real = _keyed.frechet_statistics(config, images.test)
-    keys = _keyed.make_keys(config, record, images)
-    root_images = _keyed.root_test_images(config, root)
+    keys = _keyed.make_keys(config, record, images, config.num_users, config.key_method)
+    root_images = _keyed.root_test_images(config, root, config.num_test)
     d_max = attributability.extent(keys, [images.test, root_images]).d_max
     forms = record.stage(
         "quadratic_forms",
@@ -235,7 +237,7 @@ def _write_page(config, record, results, shown, images) -> None:
         report.Section(
             "Settings",
             [
-                _keyed.keys_text(config, images),
+                _keyed.keys_text(config, images, config.key_method),
                 _keyed.models_text(config, images),
                 _keyed.measured_text(config, images),
                 f"The mean Jacobian is over {config.num_latents} latents. The interval of the "

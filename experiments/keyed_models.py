@@ -34,13 +34,16 @@ _PAPER = {
 class Config(_keyed.Settings):
     """Settings of Table 1."""
 
+    together: int = setting(
+        1, "Models that are trained in one program; a CPU trains them in turn.", lower_bound=1
+    )
     num_acute: int = setting(5, "Models whose keys are 45 degrees apart; 0: none.", lower_bound=0)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {**_keyed.SMOKE, "num_acute": 2},
     "demo": {},
-    "paper": {**_keyed.PAPER, "num_acute": 20},
+    "paper": {**_keyed.PAPER, "together": 20, "num_acute": 20},
 }
 
 
@@ -56,9 +59,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             f"--num_users={config.num_users}, --num_acute={config.num_acute}: images of {size} "
             "numbers have room for no more keys than that"
         )
-    images = _keyed.load_images(config, root)
+    images = _keyed.load_images(
+        config, root, num_validation=config.num_search, num_test=config.num_test
+    )
     real = _keyed.frechet_statistics(config, images.test)
-    root_images = _keyed.root_test_images(config, root)
+    root_images = _keyed.root_test_images(config, root, config.num_test)
     root_distance = frechet.distance(_keyed.frechet_statistics(config, root_images), real)
     sets = {"orthogonal": (config.num_users, 0.0)}
     if config.num_acute:
@@ -69,9 +74,17 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     for angle, (count, cosine) in sets.items():
         prefix = "" if angle == "orthogonal" else "acute_"
         keys = _keyed.make_keys(
-            config, record, images, num_keys=count, cosine=cosine, name=f"{prefix}keys"
+            config, record, images, count, config.key_method, cosine=cosine, name=f"{prefix}keys"
         )
-        models = _keyed.make_models(config, record, root, images, keys, name=f"{prefix}model")
+        models = _keyed.make_models(
+            config,
+            record,
+            root,
+            images,
+            keys,
+            together=config.together,
+            name=f"{prefix}model",
+        )
         measured = [
             _keyed.measure(
                 config,
@@ -271,7 +284,7 @@ def _write_page(config, record, results, drawn, images, root_images) -> None:
         report.Section(
             "Settings",
             [
-                _keyed.keys_text(config, images),
+                _keyed.keys_text(config, images, config.key_method),
                 _keyed.models_text(config, images),
                 _keyed.measured_text(config, images),
             ],

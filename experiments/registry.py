@@ -37,13 +37,21 @@ _BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_keyed.Settings):
+class Config(_keyed.ModelSettings):
     """Settings of a registry."""
 
     users: tuple[str, ...] = setting(
         (), "Who shall have a copy; without any, a new registry gets user_1 to user_N."
     )
     num_users: int = setting(5, "N, where --users names nobody.", lower_bound=1)
+    key_method: str = setting(
+        "joint",
+        "Keys of new users as one problem, or eq. 9 one after the other.",
+        choices=_keyed.KEY_METHODS,
+    )
+    num_test: int = setting(
+        1000, "Images of every copy, and real ones, that test it.", lower_bound=8
+    )
     images: str = setting("", "A folder of images, or one file, to attribute.")
     output: str = setting("", "Its rows, .csv or .jsonl; WORKDIR/attributions.csv by default.")
     ask: str = setting("", "A user: adds a column with the margin of this one's key.")
@@ -54,9 +62,14 @@ class Config(_keyed.Settings):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {**_keyed.SMOKE, "num_shown": 12, "hand_out_unreached": True},
+    "smoke": {
+        **_keyed.SMOKE_MODELS,
+        "num_test": 60,
+        "num_shown": 12,
+        "hand_out_unreached": True,
+    },
     "demo": {},
-    "paper": {**_keyed.PAPER, "num_users": 100},
+    "paper": {**_keyed.PAPER_MODELS, "key_method": "sequential", "num_test": 5000},
 }
 CHANGEABLE = (
     "users",
@@ -67,9 +80,10 @@ CHANGEABLE = (
     "num_shown",
     "num_steps",
     "max_rounds",
-    "together",
     "num_test",
     "hand_out_unreached",
+    # Flags that a registry had once, and that played no part: its folder may remember them.
+    "together",
     "features",
     "inception_weights",
 )
@@ -123,7 +137,9 @@ def _open(config: Config, record: Run) -> tuple[ledger.Registry, _keyed.Images]:
     if registry is None:
         _keyed.check(config)
     root = _keyed.load_root(config) if registry is None else registry.root
-    images = _keyed.load_images(config, root)
+    images = _keyed.load_images(
+        config, root, num_validation=config.num_search, num_test=config.num_test
+    )
     known = () if registry is None else registry.names
     names = config.users
     if not names and not known:
@@ -163,7 +179,7 @@ def _new_keys(config, record: Run, images, new, earlier: np.ndarray | None) -> n
             images.generated,
             len(new),
             earlier=earlier,
-            config=config.key_config(),
+            config=config.key_config(config.key_method),
         )
         bar.update()
     compliance = attributability.extent(keys, [images.validation]).compliance
@@ -348,7 +364,7 @@ def _users_table(metrics: dict[str, Any]) -> report.Table:
 
 def _write_page(config, record, registry, images, metrics, rows, found) -> None:
     names = list(registry.names)
-    shown = {"root": _keyed.root_test_images(config, registry.root)[:12]}
+    shown = {"root": _keyed.root_test_images(config, registry.root, 12)}
     for index in _copies(registry)[:12]:
         model = ledger.load_model(registry, names[index])
         made = sampling.generate(model, _keyed.rng(config, 3, index), 11)
@@ -395,7 +411,7 @@ def _write_page(config, record, registry, images, metrics, rows, found) -> None:
                 "the margin is phi^T x. Real images are below 0 for all keys. Keep this folder to "
                 "yourself, the root too: whoever has the root and a copy can read the key off "
                 "their difference.",
-                _keyed.keys_text(config, images),
+                _keyed.keys_text(config, images, config.key_method),
                 _keyed.models_text(config, images),
             ],
         ),

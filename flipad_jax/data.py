@@ -242,6 +242,7 @@ def load(
     split: str,
     image_size: int | None = None,
     num_images: int | None = None,
+    exact: bool = True,
     seed: int = 0,
     data_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
@@ -272,30 +273,35 @@ def load(
       name: one of `NAMES`, the path of a folder, or a name of TensorFlow Datasets.
       split: one of `SPLITS`.
       image_size: height and width of the images, in pixels.
-      num_images: how many; all of the split, if None.
+      num_images: how many; all of the split, if None. Files beyond these are not decoded.
+      exact: refuse a split that has fewer than `num_images`. If False, `num_images` is a bound: the
+        first of the images that `load` gives without it.
       seed: non-negative integer.
       data_dir: where sets of TensorFlow Datasets are prepared; by default $TFDS_DATA_DIR, or
         ~/tensorflow_datasets. Other sets do not look there.
     Returns:
       uint8 `[n, h, w, c]`.
     Raises:
-      ValueError: for an unknown name or split, an image size that the set cannot give, or more
-        images than there are; the message says what exists.
+      ValueError: for an unknown name or split, an image size that the set cannot give, a number
+        of images that is not positive, or (if `exact`) more images than there are; the message
+        says what exists.
     """
     _check_arguments(split, image_size, num_images, seed)
     seed = int(seed)
     if name == "digits":
-        return _load_digits(split, image_size, num_images, seed)[0]
+        return _load_digits(split, image_size, num_images, seed, exact=exact)[0]
     if name == "photos":
+        default = _PHOTOS_DEFAULT_COUNTS[split]
+        count = num_images or default
         return _crop_photos(
             _read_photos(),
             split=split,
             image_size=image_size or 64,
-            num_images=num_images or _PHOTOS_DEFAULT_COUNTS[split],
+            num_images=count if exact else min(count, default),
             seed=seed,
         )
     if os.path.isdir(name):
-        return _load_folder(name, split, image_size, num_images, seed)
+        return _load_folder(name, split, image_size, num_images, seed, exact=exact)
     from flipad_jax import tfds_images  # Here: it imports this module.
 
     return tfds_images.load(
@@ -303,6 +309,7 @@ def load(
         split=split,
         image_size=image_size,
         num_images=num_images,
+        exact=exact,
         seed=seed,
         data_dir=data_dir,
     )
@@ -375,7 +382,7 @@ def _split_indices(num: int, split: str, seed: int) -> np.ndarray:
 
 
 def _load_digits(
-    split: str, image_size: int | None, num_images: int | None, seed: int
+    split: str, image_size: int | None, num_images: int | None, seed: int, *, exact: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels."""
     if image_size not in (None, 28, 32):
@@ -386,7 +393,7 @@ def _load_digits(
     with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     indices = _split_indices(len(images), split, seed)
-    if num_images is not None and num_images > len(indices):
+    if exact and num_images is not None and num_images > len(indices):
         raise ValueError(
             f"the {split} split of digits has {len(indices)} images, {num_images} were asked for"
         )
@@ -686,6 +693,8 @@ def _load_folder(
     image_size: int | None,
     num_images: int | None,
     seed: int,
+    *,
+    exact: bool,
 ) -> np.ndarray:
     root, names, found = find_images(path)
     rejected = list(found)
@@ -704,7 +713,7 @@ def _load_folder(
         first = "; ".join(f"{row.path}: {row.reason}" for row in rejected[:3])
         more = "; ..." if len(rejected) > 3 else ""
         logging.warning("%s: left out %d files (%s%s)", path, len(rejected), first, more)
-    if not images or (num_images is not None and len(images) < num_images):
+    if not images or (exact and num_images is not None and len(images) < num_images):
         wanted = "" if num_images is None else f", {num_images} were asked for"
         raise ValueError(
             f"the {split} split of {os.fspath(path)} has {len(images)} usable images "

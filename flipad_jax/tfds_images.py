@@ -44,6 +44,7 @@ def load(
     split: str,
     image_size: int | None = None,
     num_images: int | None = None,
+    exact: bool = True,
     seed: int = 0,
     data_dir: str | os.PathLike | None = None,
 ) -> np.ndarray:
@@ -54,13 +55,14 @@ def load(
       split: one of `data.SPLITS`.
       image_size: height and width; by default images stay as they are, if all have one size.
       num_images: how many; all of the split, if None.
+      exact: refuse a split that has fewer than `num_images`; if False, these are a bound.
       seed: non-negative integer, of the order and of splits that the set does not have.
       data_dir: where sets are prepared; by default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
     Returns:
       uint8 `[n, h, w, c]`.
     Raises:
       ValueError: for a name that TFDS does not know, a set that is not prepared (with the command
-        that does it), one without images, or more images than there are.
+        that does it), one without images, or (if `exact`) more images than there are.
     """
     builder = _prepared(name, data_dir)
     feature, (height, width, channels) = _image_feature(name, builder)
@@ -69,11 +71,12 @@ def load(
     if height is None or width is None:
         raise ValueError(f"the images of {name} differ in size; give an image_size")
     source_split, indices = _split(name, builder, split, seed)
-    if num_images is not None and num_images > len(indices):
+    if exact and num_images is not None and num_images > len(indices):
         raise ValueError(
             f"the {split} split of {name} has {len(indices)} images, {num_images} were asked for"
         )
-    images = np.empty((num_images or len(indices), height, width, channels), np.uint8)
+    most = len(indices) if num_images is None else min(num_images, len(indices))
+    images = np.empty((most, height, width, channels), np.uint8)
     count, left_out = 0, []
     for index, encoded in _read(builder, feature, source_split, indices):
         image, reason = _decode(encoded, channels)
@@ -90,7 +93,7 @@ def load(
         more = "; ..." if len(left_out) > 3 else ""
         shown = "; ".join(left_out[:3])
         logging.warning("%s: left out %d images (%s%s)", name, len(left_out), shown, more)
-    if count < (num_images or 1):
+    if count < (num_images if exact and num_images is not None else 1):
         raise ValueError(
             f"the {split} split of {name} has {count} usable images of {len(indices)}, "
             f"{num_images or 'some'} were asked for"

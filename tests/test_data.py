@@ -186,6 +186,21 @@ def test_load_says_what_exists(kwargs, message):
         data.load(kwargs.pop("name"), **kwargs)
 
 
+@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("num", [3, 1000, 1200])
+def test_a_bound_gives_the_first_images_of_the_split(name, num):
+    # The test split of digits has 500 images, that of photos, unless more are asked for, 1000.
+    kwargs = dict(split="test", image_size=32)
+    found = data.load(name, num_images=num, exact=False, **kwargs)
+    np.testing.assert_array_equal(found, data.load(name, **kwargs)[:num])
+
+
+@pytest.mark.parametrize("num", [0, -1, 2.0, True])
+def test_a_bound_is_a_positive_number(num):
+    with pytest.raises(ValueError, match="num_images must be a positive integer"):
+        data.load("digits", split="test", num_images=num, exact=False)
+
+
 # --- photos -----------------------------------------------------------------------------------
 
 
@@ -564,6 +579,29 @@ def test_load_folder_splits_partition_the_files(tmp_path):
         data.load(str(tmp_path), split="train", seed=5, num_images=9), splits[0][:9]
     )
     assert keys(data.load(tmp_path, split="test", seed=6)) != keys(splits[2])
+
+
+def test_load_folder_with_a_bound_decodes_no_more_than_that(tmp_path, monkeypatch):
+    data.write_images(tmp_path, random_images(20))
+    (tmp_path / "bad.png").write_text("x")
+    every = data.load(tmp_path, split="train")
+    decode, decoded = data.decode_image, []
+
+    def count(path, shape):
+        image, reason = decode(path, shape)
+        decoded.append(image is not None)
+        return image, reason
+
+    monkeypatch.setattr(data, "decode_image", count)
+    for num in (1, 7, len(every), len(every) + 1):
+        decoded.clear()
+        few = data.load(tmp_path, split="train", num_images=num, exact=False)
+        np.testing.assert_array_equal(few, every[:num])
+        assert sum(decoded) == len(few)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "bad.png").write_text("x")
+    with pytest.raises(ValueError, match="0 usable images"):
+        data.load(tmp_path / "only", split="test", num_images=5, exact=False)
 
 
 def test_load_folder_leaves_out_bad_files_with_a_warning(tmp_path, caplog):

@@ -1,14 +1,16 @@
 """The experiments of paper 2 as a user runs them: numbers recomputed from what the run kept."""
 
 import csv
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import _config
+from experiments import _config, key_capacity, key_quality
 from experiments import registry as registry_experiment
+from experiments import robust_training, training_time
 from flipad_jax import data
 from flipad_jax.generators import sampling, zoo
 from flipad_jax.registry import ledger, user_generators
@@ -32,6 +34,33 @@ def run(workdir, experiment, *flags):
 
 def metrics_of(workdir):
     return json.loads((workdir / "results.json").read_text())["metrics"]
+
+
+def settings_read(monkeypatch, module):
+    """A set that fills, while the experiment runs, with the names of the settings that it reads."""
+    read: set[str] = set()
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+
+    class Watched(module.Config):
+        def __getattribute__(self, name):
+            if name in fields:
+                read.add(name)
+            return super().__getattribute__(name)
+
+    def run_only(config, record):
+        read.clear()  # Before and after a run all of them are written down.
+        found = real_run(config, record)
+        monkeypatch.setattr(Watched, "__getattribute__", object.__getattribute__)
+        return found
+
+    real_run = module.run
+    monkeypatch.setattr(module, "Config", Watched)
+    monkeypatch.setattr(module, "run", run_only)
+    return read
+
+
+def all_settings(module):
+    return {field.name for field in dataclasses.fields(module.Config)}
 
 
 def stage(workdir, name):
@@ -112,8 +141,10 @@ def test_robust_training_reports_both_codecs(tmp_path):
 
 
 @pytest.mark.slow
-def test_key_quality_and_capacity_hold_to_their_definitions(tmp_path):
+def test_key_quality_and_capacity_hold_to_their_definitions(tmp_path, monkeypatch):
+    read = settings_read(monkeypatch, key_quality)
     assert run(tmp_path / "q", "key_quality") == 0
+    assert read == all_settings(key_quality) - {"inception_weights"}  # for --features=inception
     metrics = metrics_of(tmp_path / "q")
     keys = stage(tmp_path / "q", "keys")["keys"]
     own = sampling.generate(
@@ -127,7 +158,9 @@ def test_key_quality_and_capacity_hold_to_their_definitions(tmp_path):
     assert metrics["models"]["smallest d_max"]["d_max"] == pytest.approx(min(d_max), rel=1e-4)
     assert metrics["largest"][0] > metrics["smallest"][0] >= -1e-3 * metrics["largest"][0]
 
+    read = settings_read(monkeypatch, key_capacity)
     assert run(tmp_path / "c", "key_capacity") == 0
+    assert read == all_settings(key_capacity)
     for row in metrics_of(tmp_path / "c")["rows"]:
         # No orthonormal keys can exceed the bound; those of eq. 9 are only nearly orthogonal.
         slack = 1e-3 if row["method"] == "joint" else 0.1
@@ -135,10 +168,12 @@ def test_key_quality_and_capacity_hold_to_their_definitions(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_time_times_all_of_table_4(tmp_path):
+def test_training_time_times_all_of_table_4(tmp_path, monkeypatch):
+    read = settings_read(monkeypatch, training_time)
     assert run(tmp_path, "training_time") == 0
     seconds = metrics_of(tmp_path)["seconds"]
     assert len(seconds) == 8 and min(seconds.values()) > 0
+    assert read == all_settings(training_time)
 
 
 @pytest.fixture(scope="module", name="registry")
@@ -269,3 +304,49 @@ def test_mistakes_are_named_before_anything_is_trained(
     assert said in capsys.readouterr().err
     # Nothing was begun: other settings may be tried in the same place.
     assert {path.name for path in (tmp_path / "w").rglob("*")} <= {"config.flags", ".lock"}
+
+
+def test_the_papers_tables_stand_beside_ours_for_every_c_that_was_run():
+    found = {
+        "distinguishability": [0.5],
+        "attributability": 0.25,
+        "shift": [1.0],
+        "distance": [2.0],
+    }
+    results = {
+        "features": "some features",
+        "before": {"jpeg": found, "blur": found},
+        "shift_before": [1.0],
+        "distance_before": [2.0],
+        "after": {quality: {"jpeg": found, "blur": found} for quality in ("1000", "7", "10")},
+    }
+    papers = {table.header[0]: table for table in robust_training.tables(results)[2:]}
+    assert list(papers) == [f"the paper's Table {number}" for number in (2, 5, 6)]
+    rows = {name: {tuple(row[:2]): row[2:] for row in table.rows} for name, table in papers.items()}
+    # [P2] Tables 2, 5 and 6, read off the page; columns in the order that was run.
+    assert papers["the paper's Table 2"].header[1:] == ["C", "JPEG", "blurring"]
+    assert papers["the paper's Table 6"].header[1:] == ["C", "baseline", "JPEG", "blurring"]
+    assert rows["the paper's Table 2"]["A(G), MNIST", "10"] == ["0.16 / 0.98", "0.02 / 0.94"]
+    assert rows["the paper's Table 5"]["D, CelebA", "1000"] == ["0.50 / 0.99", "0.50 / 0.62"]
+    price = rows["the paper's Table 6"]
+    assert price["||dx||, MNIST", "10"] == ["5.05 (0.09)", "6.48 (0.94)", "15.96 (2.18)"]
+    assert price["FID, CelebA", "1000"] == ["40.85 (3.41)", "45.46 (5.03)", "55.63 (7.97)"]
+    for name, qualities in (("2", {"10"}), ("5", {"10", "1000"}), ("6", {"10", "1000"})):
+        assert {quality for _, quality in rows[f"the paper's Table {name}"]} == qualities
+    results["after"] = {"7": results["after"]["7"]}
+    assert len(robust_training.tables(results)) == 2
+
+
+def test_an_experiment_has_only_the_settings_that_it_uses():
+    models = {"num_steps", "batch_size", "learning_rate", "max_rounds", "num_search"}
+    measured = {"features", "inception_weights"}
+    for module, without in (
+        (key_capacity, {*models, *measured, "num_users", "key_method", "together"}),
+        (training_time, {*measured, "key_method", "together", "num_test"}),
+        (key_quality, {"together"}),
+        (registry_experiment, {*measured, "together"}),
+    ):
+        fields = {field.name for field in dataclasses.fields(module.Config)}
+        assert not fields & without
+        for preset in module.PRESETS:
+            _config.make_config(module, preset)

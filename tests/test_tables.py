@@ -8,11 +8,14 @@ import pytest
 from experiments import (
     _attribution,
     _config,
+    _generators,
     _paper,
     _tables,
     perturbed_samples,
     single_model_attribution,
 )
+from flipad_jax import data
+from flipad_jax.generators import zoo
 
 
 def run(workdir, experiment, *flags):
@@ -159,3 +162,36 @@ def test_columns_are_means_over_what_was_repeated():
     assert columns["average"] == pytest.approx([0.7, 0.8])
     # t quantile for two repeats: 12.706; standard deviation 0.0707, mean 0.75.
     assert _tables.mean_text(columns["average"]) == "75.0 ± 63.5"
+
+
+def test_generators_that_are_kept_are_named_without_reading_the_training_images(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "generators"
+    config = _config.make_config(
+        single_model_attribution, "smoke", num_gan_images=300, generators=str(folder)
+    )
+    images = data.load("digits", split="train", image_size=config.image_size, num_images=300)
+    entries = [_generators._entry("dcgan", seed, config, images.shape) for seed in (5, 6)]
+    folder.mkdir()
+    for entry in entries:
+        _generators._path(folder, entry).touch()
+    asked, load = [], data.load
+
+    def counted(name, **kwargs):
+        asked.append(kwargs["num_images"])
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(data, "load", counted)
+    monkeypatch.setattr(zoo, "load_file", lambda path: path)
+    found = _generators.load(config, None, ("dcgan",), (5, 6))
+    assert asked == [1]
+    assert found["dcgan"] == {
+        seed: _generators._path(folder, entry) for seed, entry in zip((5, 6), entries)
+    }
+    # One that is missing is trained on all of them.
+    trained = []
+    monkeypatch.setattr(_generators, "_train", lambda *arguments: trained.append(arguments[3]))
+    _generators.load(config, None, ("dcgan",), (5, 7))
+    assert asked == [1, 1, 300]
+    np.testing.assert_array_equal(trained[0], images)

@@ -107,6 +107,11 @@ def test_the_first_images_do_not_depend_on_how_many_there_are(mnist):
     assert numbers(some) != sorted(numbers(some))
     with pytest.raises(ValueError, match="train split of mnist has 160 images, 161 were asked for"):
         data.load("mnist", split="train", data_dir=mnist, num_images=161)
+    for bound in (70, 160, 161):
+        few = data.load("mnist", split="train", data_dir=mnist, num_images=bound, exact=False)
+        np.testing.assert_array_equal(few, every[:bound])
+    with pytest.raises(ValueError, match="num_images must be a positive integer, got 0"):
+        data.load("mnist", split="train", data_dir=mnist, num_images=0, exact=False)
 
 
 def test_only_what_is_asked_for_is_read(mnist, monkeypatch):
@@ -114,8 +119,10 @@ def test_only_what_is_asked_for_is_read(mnist, monkeypatch):
     monkeypatch.setattr(
         tfds_images, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments)
     )
-    data.load("mnist", split="train", data_dir=mnist, num_images=3)
-    assert len(decoded) == 3
+    for exact in (True, False):
+        decoded.clear()
+        data.load("mnist", split="train", data_dir=mnist, num_images=3, exact=exact)
+        assert len(decoded) == 3
 
 
 def triangle(image, size):
@@ -213,6 +220,7 @@ def test_a_set_of_train_alone_gives_all_three(tmp_path):
     assert sum((x == 77).all() for images in parts.values() for x in images) == 2
     with pytest.raises(ValueError, match="usable images of 33, 33 were asked for"):
         load("train", num_images=33)
+    np.testing.assert_array_equal(load("train", num_images=33, exact=False), parts["train"])
     with pytest.raises(ValueError, match="differ in size; give an image_size"):
         data.load("lsun/bedroom", split="train", data_dir=tmp_path)
 
@@ -223,6 +231,8 @@ def test_what_is_left_out_is_told(tmp_path, caplog):
     prepare(tmp_path, "mnist", real_features("mnist"), {"test": examples * 2})
     with pytest.raises(ValueError, match="0 usable images of 4, some were asked for"):
         data.load("mnist", split="test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="0 usable images of 4, 9 were asked for"):
+        data.load("mnist", split="test", data_dir=tmp_path, num_images=9, exact=False)
     text = caplog.text
     assert "left out 4 images" in text and "alpha channel" in text and "in colour" in text
     with pytest.raises(ValueError, match="has no train split, and none .* it has test"):

@@ -99,6 +99,45 @@ def test_all_users_in_one_program_are_users_one_by_one(root, keys):
         )
 
 
+def test_robust_training_of_all_users_in_one_program_is_that_of_users_one_by_one(root, monkeypatch):
+    """The way of an accelerator against the loop of a CPU, over steps with and without noise."""
+    keys = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=(1, 2), keepdims=True)
+    config = dataclasses.replace(CONFIG, num_steps=4, quality=2.0, robust_share=0.5)
+    noise = differentiable.draw("noise")
+    tried = []
+
+    def train(num_steps=config.num_steps, share=0.5):
+        chosen = dataclasses.replace(config, num_steps=num_steps, robust_share=share)
+        state = user_generators.init(root, 3, chosen, first=5)
+        return user_generators.train_robust(root, state, keys, jax.random.key(6), chosen, noise)
+
+    alone, losses = train()
+    everybody = user_generators._resist_all
+    monkeypatch.setattr(jax, "default_backend", lambda: "another")
+    monkeypatch.setattr(user_generators, "_resist_all", lambda *a: tried.append(1) or everybody(*a))
+    together, losses_together = train()
+    assert len(tried) == 4
+    np.testing.assert_allclose(losses_together, losses, rtol=0, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
+        together.params,
+        alone.params,
+    )
+    np.testing.assert_array_equal(together.step, alone.step)
+    np.testing.assert_array_equal(together.user, [5, 6, 7])
+    # The comparison is of something: weights moved by far more than that, and in the first step
+    # some users met noise and some did not.
+    moved = jax.tree.map(
+        lambda a, b: float(np.abs(a - b).max()), alone.params, root.variables["params"]
+    )
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    first, never, always = (train(1, share)[1] for share in (0.5, 0.0, 1.0))
+    met = np.isclose(first, always, atol=1e-6)
+    np.testing.assert_allclose(first, np.where(met, always, never), atol=1e-6)
+    assert 0 < met.sum() < 3 and np.abs(always - never).min() > 1e-4
+
+
 def test_a_user_does_not_depend_on_the_others(root, keys):
     few = dataclasses.replace(CONFIG, num_steps=3)
     both, _ = user_generators.train(
