@@ -73,6 +73,12 @@ class KeySettings:
     data_dir: str = setting("", "Where TFDS data sets lie; its default if empty.")
     data_seed: int = setting(0, "Seed of the data split, that of the root's.", lower_bound=0)
     key_steps: int = setting(300, "Steps of Adam for the keys.", lower_bound=1)
+    key_bandwidth: int = setting(
+        0,
+        "Keys are made of so many of the lowest frequencies along each side, so that processing "
+        "leaves more of them; 0: of all, as in the paper.",
+        lower_bound=0,
+    )
     num_generated: int = setting(
         4000, "Images of the root that keys are optimised on, as many real ones.", lower_bound=8
     )
@@ -80,8 +86,10 @@ class KeySettings:
     def key_config(self, method: str) -> KeyConfig:
         """Settings of the key search by one of `KEY_METHODS`."""
         if method == "joint":
-            return dataclasses.replace(user_keys.JOINT, num_steps=self.key_steps)
-        return KeyConfig(num_steps=self.key_steps)
+            start = user_keys.JOINT
+        else:
+            start = KeyConfig()
+        return dataclasses.replace(start, num_steps=self.key_steps, bandwidth=self.key_bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,8 +545,14 @@ def keys_text(settings: KeySettings, images: Images, method: str) -> str:
         if config.excess
         else ""
     )
+    band = (
+        f", made of the lowest {config.bandwidth} x {config.bandwidth} frequencies, which the "
+        "paper does not ask for"
+        if config.bandwidth
+        else ""
+    )
     return (
-        f"Root {settings.root}, authentic images {settings.dataset}. Keys {how}: "
+        f"Root {settings.root}, authentic images {settings.dataset}. Keys {how}{band}: "
         f"{config.num_steps} steps of Adam on {len(images.train)} training images and "
         f"{len(images.generated)} of the root{excess}."
     )

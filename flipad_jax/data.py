@@ -30,6 +30,8 @@ import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from flipad_jax import idx_images
+
 __all__ = [
     "EXTENSIONS",
     "NAMES",
@@ -44,6 +46,7 @@ __all__ = [
     "iter_images",
     "load",
     "load_labels",
+    "permutation",
     "read_images",
     "to_float",
     "to_uint8",
@@ -265,6 +268,8 @@ def load(
         that cannot be used are left out with a warning (see `read_images`). Copies of one image
         under two names may fall into two splits. To load a folder that is called like a set,
         write "./digits".
+    *   a folder with IDX files, as MNIST and Fashion-MNIST are handed out: their own splits,
+        zero-padded to `image_size` (`idx_images`).
     *   a name of TensorFlow Datasets, `"mnist"`, `"celeb_a"`, `"lsun/bedroom"`, that is no folder
         here: its own splits, or parts of its train split; the shorter side resized to
         `image_size`, then the middle (`tfds_images`).
@@ -301,6 +306,15 @@ def load(
             seed=seed,
         )
     if os.path.isdir(name):
+        if idx_images.is_folder(name):
+            return idx_images.load(
+                name,
+                split=split,
+                image_size=image_size,
+                num_images=num_images,
+                exact=exact,
+                seed=seed,
+            )
         return _load_folder(name, split, image_size, num_images, seed, exact=exact)
     from flipad_jax import tfds_images  # Here: it imports this module.
 
@@ -373,9 +387,14 @@ def _below(word: np.uint64, bound: int) -> int:
     return (int(word) * bound) >> 32
 
 
+def permutation(num: int, seed: int) -> np.ndarray:
+    """`range(num)` in an order that the seed fixes, `[num]` int64."""
+    return np.argsort(_draw(num, seed), kind="stable")
+
+
 def _split_indices(num: int, split: str, seed: int) -> np.ndarray:
     """80 / 10 / 10 of a permutation of range(num) that the seed fixes."""
-    order = np.argsort(_draw(num, seed), kind="stable")
+    order = permutation(num, seed)
     bounds = (0, num * 8 // 10, num * 9 // 10, num)
     which = SPLITS.index(split)
     return order[bounds[which] : bounds[which + 1]]

@@ -185,8 +185,8 @@ def _split(name: str, builder: Any, split: str, seed: int) -> tuple[str, np.ndar
             f"{', '.join(sorted(sizes)) or 'nothing'}"
         )
     if own and split != "train":
-        return split, _order(sizes[split], seed)
-    order = _order(sizes["train"], seed)
+        return split, data.permutation(sizes[split], seed)
+    order = data.permutation(sizes["train"], seed)
     # Train, and what is missing, share it: 8 parts and 1 for each.
     parts = {"train": 8, **{key: 1 for key in data.SPLITS if key not in sizes}}
     before, total = 0, sum(parts.values())
@@ -196,10 +196,6 @@ def _split(name: str, builder: Any, split: str, seed: int) -> tuple[str, np.ndar
             return "train", order[bounds[0] : bounds[1]]
         before += part
     raise AssertionError(split)
-
-
-def _order(num: int, seed: int) -> np.ndarray:
-    return np.argsort(data._draw(num, seed), kind="stable")
 
 
 def _read(

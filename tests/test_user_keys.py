@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import scipy.fft
 
 from flipad_jax.registry import attributability, user_keys
 from flipad_jax.registry.user_keys import KeyConfig
@@ -149,3 +150,28 @@ def test_mistakes_are_named(keys):
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         config = KeyConfig(num_steps=50, batch_size=32, learning_rate=3.0)
         user_keys.joint(rng, REAL, GENERATED, 20, config=config)
+
+
+@pytest.mark.parametrize("find", [user_keys.sequential, user_keys.joint])
+def test_keys_of_a_bandwidth_have_no_other_frequencies(find):
+    """Against SciPy's DCT of the keys; and the angles are kept, earlier keys of all frequencies
+    included."""
+    config = dataclasses.replace(QUICK, bandwidth=5)
+    keys = find(jax.random.key(1), REAL, GENERATED, 2, config=config)
+    frequencies = scipy.fft.dctn(keys, axes=(1, 2), norm="ortho")
+    np.testing.assert_allclose(np.square(frequencies[:, :5, :5]).sum((1, 2, 3)), 1, rtol=1e-5)
+    assert user_keys.describe(keys, REAL, GENERATED).compliance.min() > 0.95
+    earlier = find(jax.random.key(2), REAL, GENERATED, 2, config=QUICK)
+    later = user_keys.joint(jax.random.key(1), REAL, GENERATED, 2, earlier=earlier, config=config)
+    both = np.concatenate([earlier, later]).reshape(4, -1)
+    np.testing.assert_allclose(both[2:] @ both.T, np.eye(4)[2:], atol=1e-5)
+
+
+def test_a_bandwidth_that_images_do_not_have_is_refused():
+    for bad in (-1, REAL.shape[1] + 1):
+        with pytest.raises(ValueError, match="bandwidth"):
+            config = dataclasses.replace(QUICK, bandwidth=bad)
+            user_keys.joint(jax.random.key(0), REAL, GENERATED, 1, config=config)
+    config = dataclasses.replace(QUICK, bandwidth=1)
+    with pytest.raises(ValueError, match="room for"):
+        user_keys.joint(jax.random.key(0), REAL, GENERATED, 2, config=config)
