@@ -1,9 +1,11 @@
 """A generator of 8 x 8 colour images that is small enough to be made anew in every test."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flipad_jax import FinalLayer, data, linops
+from flipad_jax.detection.latent_inversion import LatentGenerator
 from flipad_jax.inversion.final_layer import forward
 
 _DRAW = np.random.default_rng(0)
@@ -18,3 +20,18 @@ def own_images(seed, num):
     latents = np.random.default_rng(seed).standard_normal((num, 6))
     z = np.maximum(np.einsum("nk,khwc->nhwc", latents, _MIXING), 0).astype(np.float32)
     return data.to_uint8(np.asarray(jax.vmap(lambda v: forward(LAYER, v))(z))), z
+
+
+def latent_generator():
+    """The same model as a function of its latent, for `--generator=toy_model:latent_generator`."""
+
+    def apply(params, latents):
+        z = jnp.maximum(jnp.einsum("nk,khwc->nhwc", latents, params["mixing"]), 0)
+        return jax.vmap(lambda v: forward(LAYER, v))(z)
+
+    return LatentGenerator({"mixing": jnp.asarray(_MIXING, jnp.float32)}, apply, 6)
+
+
+def no_generator():
+    """What --generator must refuse."""
+    return 7

@@ -19,12 +19,13 @@ from flipad_jax.report.text import escape, has_value, p_value_text, score_text
 
 __all__ = ["CSS", "Card", "Gallery", "departure_map", "gallery_html"]
 
-Verdict = Literal["ours", "not_ours", "cannot_judge"]
+Verdict = Literal["proved", "ours", "not_ours", "cannot_judge"]
 
 # Verdict -> symbol and words: nobody has to tell colours apart.
 _VERDICTS: dict[str, tuple[str, str]] = {
     "not_ours": ("\u2260", "not ours"),
     "ours": ("=", "ours"),
+    "proved": ("\u2261", "proved"),
     "cannot_judge": ("?", "cannot judge"),
 }
 _SIDE = 128  # CSS pixels: small pictures are enlarged by a whole factor up to this
@@ -39,11 +40,12 @@ class Card:
     Attributes:
       path: file name, as the verdicts name it.
       image: uint8 `[h, w, 1 or 3]`, or None where there is none to show (a broken file).
-      verdict: "ours", "not_ours" or "cannot_judge".
+      verdict: "proved" (only where an image was regenerated), "ours", "not_ours" or
+        "cannot_judge".
       score: higher = less likely ours; None or NaN where there is none.
       p_value: in [0, 1]; None or NaN where there is none.
       note: a reason or a warning, in one sentence.
-      overlay: uint8 `[h', w', 3]`, shown beside the image at the same size; see `departure_map`.
+      overlay: uint8 `[h', w', 3]`, shown beside the image at the same height; see `departure_map`.
       overlay_text: what the overlay shows, in a few words (also its text for the blind).
     Raises:
       ValueError: for any other verdict, shape or dtype, or a p-value outside [0, 1].
@@ -227,7 +229,9 @@ def _card_html(card: Card, style: str) -> str:
     pictures = f"<div>{shown}</div>"
     if card.overlay is not None:
         text = escape(card.overlay_text or "departure")
-        overlay = _picture_html(card.overlay, size, card.overlay_text or "map of the departure")
+        rows, columns = card.overlay.shape[:2]
+        wide = (size[0], round(size[0] * columns / rows))
+        overlay = _picture_html(card.overlay, wide, card.overlay_text or "map of the departure")
         pictures += f"<div>{overlay}<small>{text}</small></div>"
     *folders, file = card.path.split("/")
     # Isolated part by part, left to right: a right-to-left name changes places with nothing.
@@ -319,7 +323,7 @@ body:has(.gallery) { max-width: 72rem; }
   reading-flow: grid-order; }
 .card { --tint: var(--soft); border: 1px solid var(--line); border-left: 4px solid var(--tint);
   border-radius: 8px; padding: .75rem; min-width: 0; break-inside: avoid; }
-.card.ours { --tint: var(--accent); }
+.card.ours, .card.proved { --tint: var(--accent); }
 .card.not_ours { --tint: var(--warn); }
 .pictures { display: flex; gap: .6rem; margin: 0 0 .6rem; }
 .pictures > div { flex: 0 1 auto; min-width: 0; }
@@ -343,10 +347,12 @@ body:has(.gallery) { max-width: 72rem; }
 .gallery:has(.by-p:checked) .card { order: var(--by-p); }
 .gallery:has(.by-name:checked) .card { order: var(--by-name); }
 .gallery:has(.only-ours:checked) .card:not(.ours),
+.gallery:has(.only-proved:checked) .card:not(.proved),
 .gallery:has(.only-not_ours:checked) .card:not(.not_ours),
 .gallery:has(.only-cannot_judge:checked) .card:not(.cannot_judge) { display: none; }
 .gallery:has(.by-score:checked) .if-by-score, .gallery:has(.by-p:checked) .if-by-p,
 .gallery:has(.by-name:checked) .if-by-name, .gallery:has(.only-ours:checked) .if-only-ours,
+.gallery:has(.only-proved:checked) .if-only-proved,
 .gallery:has(.only-not_ours:checked) .if-only-not_ours,
 .gallery:has(.only-cannot_judge:checked) .if-only-cannot_judge { display: inline; }
 @media print { .gallery { break-inside: auto; } .gallery .controls { display: none; }

@@ -1,0 +1,679 @@
+"""Proof of origin: find the latent that makes each image of a folder again, to the last grey level.
+
+Rows (path, verdict, rmse, largest, p_value, foreign_probability, processing, latent_sha256, reason)
+go to --output, CSV or JSON Lines. verdict is proved, ours, not_ours or cannot_judge: docs/proof.md
+says what each means, and what it rests on. Latents lie in WORKDIR/proofs.safetensors, regenerated
+images in WORKDIR/regenerated.
+
+With --processing the search also looks for what may have happened to an image: noise, jpeg, blur,
+crop, brightness. With --attributor, images that it calls not ours without a doubt are not searched.
+
+    python run.py --experiment=prove --generator=digits_dcgan_0 --images=suspects
+    python run.py --experiment=prove --generator=my_package.model:load --foreign=real_images \\
+        --images=suspects --processing=none,jpeg
+"""
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from experiments import _suspects
+from experiments._config import Run, check_once, setting
+from experiments._record import UsageError
+from flipad_jax import data, files, metrics, perturbations, report
+from flipad_jax.detection import attributor as attribution
+from flipad_jax.detection import bundle, processing, proof, regeneration
+from flipad_jax.detection.latent_inversion import LatentGenerator
+from flipad_jax.detection.regeneration import RegenerationConfig
+from flipad_jax.generators import zoo
+from flipad_jax.generators.sampling import TrainedGenerator
+
+COLUMNS = (
+    "path",
+    "verdict",
+    "rmse",
+    "largest",
+    "p_value",
+    "foreign_probability",
+    "processing",
+    "latent_sha256",
+    "reason",
+)
+PROCESSINGS = ("none", *processing.NAMES)
+_BLOCK = 32  # images per stage: what a kill can cost
+_GAIN = 0.9
+# How strongly own and foreign images are processed to calibrate a search.
+CALIBRATED_AT = {
+    "none": "none",
+    "noise": "noise-0.05",
+    "jpeg": "jpeg-90",
+    "blur": "blur-3",
+    "crop": "crop-55",
+    "brightness": f"brightness {_GAIN:g}",
+}
+# Best first: what counts if several searches were made for an image.
+_RANK = {verdict: rank for rank, verdict in enumerate(("proved", "ours", "cannot_judge"))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the search."""
+
+    generator: str = setting(
+        "digits_dcgan_0",
+        "A generator of the zoo, a file of train_generator, or MODULE:FUNCTION that returns a "
+        "LatentGenerator or TrainedGenerator.",
+    )
+    images: str = setting("", "A folder of images (with subfolders), or one image file.")
+    output: str = setting("", "File of verdicts, .csv or .jsonl; WORKDIR/verdicts.csv by default.")
+    processing: tuple[str, ...] = setting(
+        ("none",), "What may have happened to the images, the likeliest first.", choices=PROCESSINGS
+    )
+    foreign: str = setting(
+        "",
+        "Images that are certainly not ours: digits, photos, a TFDS name, or a folder; by default "
+        "those that the generator was trained on.",
+    )
+    data_dir: str = setting("", "Where TFDS data sets lie; its default if empty.")
+    seed: int = setting(0, "Latents and starts are drawn from it.", lower_bound=0)
+    num_own: int = setting(60, "Own images that the search is tried on.", lower_bound=1)
+    num_foreign: int = setting(100, "Foreign images that it is tried on.", lower_bound=1)
+    num_starts: int = setting(4, "Starts per image, at most.", lower_bound=1)
+    bank: int = setting(
+        0, "Own images with known latents to start from; 0: zero and random latents.", lower_bound=0
+    )
+    places: int = setting(
+        0, "Searches at once, for speed only; 0: one on a CPU, 16 elsewhere.", lower_bound=0
+    )
+    attributor: str = setting("", "Folder of an attributor that looks first.")
+    fnr: float = setting(
+        0.02, "Share of own images that may be called not ours.", lower_bound=0.0, upper_bound=1.0
+    )
+    foreign_rate: float = setting(
+        1e-3, "Share of foreign images that may be called ours.", lower_bound=0.0, upper_bound=1.0
+    )
+    num_shown: int = setting(200, "Images shown on the page, at most.", lower_bound=0)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {"num_own": 10, "num_foreign": 14, "num_shown": 20, "num_starts": 2},
+    "demo": {},
+}
+CHANGEABLE = ("output", "fnr", "foreign_rate", "num_shown")
+
+
+def default_workdir(config: Config) -> str:
+    """Beside the output, as `attribute` has it."""
+    return f"{config.output}.run" if config.output else ""
+
+
+Generator = TrainedGenerator | LatentGenerator
+
+
+class Calibration(NamedTuple):
+    """What a search makes of images whose origin is known."""
+
+    own: np.ndarray  # [m] errors
+    own_proved: np.ndarray  # [m] bool
+    foreign: np.ndarray  # [k] errors
+    equations: np.ndarray  # [k] of foreign images
+
+
+class Row(NamedTuple):
+    """A row of the output."""
+
+    path: str
+    verdict: str
+    rmse: float | None
+    largest: float | None
+    p_value: float | None
+    foreign_probability: float | None
+    processing: str
+    latent_sha256: str
+    reason: str
+
+
+class Suspect(NamedTuple):
+    """An image that was searched for: its row, and what is shown of it."""
+
+    row: Row
+    image: np.ndarray
+    regenerated: np.ndarray
+    latent: np.ndarray
+
+
+def run(config: Config, record: Run) -> dict[str, Any]:
+    """Calibrate the searches, make them, judge; returns counts and what verdicts rest on."""
+    if not config.images:
+        raise UsageError("--images is missing; see --experiment=prove --help")
+    check_once(config, "processing")
+    found = _suspects.find(config.images, record.workdir)
+    output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
+    _suspects.check_output(output, COLUMNS)
+    judging = proof.ProofConfig(
+        fnr=config.fnr, foreign_rate=config.foreign_rate / len(config.processing)
+    )
+    if config.fnr * (config.num_own + 1) < 1:
+        record.warn(
+            f"{config.num_own} own images certify no fnr below {1 / (config.num_own + 1):.3g}: no "
+            "image can be called not ours; give a larger --num_own"
+        )
+    generator, origin = load_generator(config.generator)
+    shape = regeneration.check_generator(generator)
+    bank = None
+    if config.bank:
+        bank = regeneration.make_bank(generator, rng(config, 0), config.bank)
+    calibrations = _calibrate(config, record, generator, origin, shape, bank)
+    suspects, rejected = _search_all(
+        config, record, generator, shape, bank, found, calibrations, judging
+    )
+    rows = sorted([s.row for s in suspects] + rejected, key=lambda row: found_order(found, row))
+    _write_rows(output, rows)
+    _write_proofs(record.workdir, suspects, generator)
+    metrics_found = _metrics(config, rows, calibrations, judging, generator)
+    metrics_found["output"] = str(output)
+    _write_page(config, record, suspects, rows, calibrations, judging, metrics_found)
+    record.say(f"Verdicts: {output}")
+    record.say(f"Report: {Path(record.shown) / 'report.html'}")
+    return metrics_found
+
+
+def found_order(found: data.Found, row: Row) -> tuple[int, str]:
+    """Files in the order in which they were found, what cannot be entered behind them."""
+    places = {path: place for place, path in enumerate(found.paths)}
+    return places.get(row.path, len(places)), row.path
+
+
+def load_generator(name: str) -> tuple[Generator, dict[str, Any]]:
+    """A generator by name, file or import path, and what is recorded of it.
+
+    Raises:
+      ValueError: if it is none of them, or the function returns something else.
+    """
+    if name in zoo.names():
+        return zoo.load(name), zoo.record(name)
+    if Path(name).is_file():
+        return zoo.load_file(name), zoo.record_file(name)
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"--generator={name} is no file, no MODULE:FUNCTION, and no generator of the zoo: "
+            f"{', '.join(zoo.names())}"
+        )
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--generator={name} cannot be imported and called: {error}") from error
+    if not isinstance(made, TrainedGenerator | LatentGenerator):
+        raise ValueError(
+            f"--generator={name} returned {type(made).__name__}, expected a LatentGenerator "
+            "(params, apply, latent_dim) or a TrainedGenerator"
+        )
+    return made, {}
+
+
+def rng(config: Any, *path: int) -> jax.Array:
+    """0 bank, 1 own images, 2 their processing, 3 calibration, 4 suspects, 5 the study's sources."""
+    found = jax.random.key(config.seed)
+    for part in path:
+        found = jax.random.fold_in(found, part)
+    return found
+
+
+def processed(name: str, images: np.ndarray, rng: jax.Array) -> np.ndarray:
+    """Images as the search of that name is calibrated on."""
+    if name == "brightness":
+        return np.clip(np.round(images * _GAIN), 0, 255).astype(np.uint8)
+    return perturbations.apply(CALIBRATED_AT[name], images, rng)
+
+
+def search(config, record, generator, bank, images, name, rng, what) -> dict[str, np.ndarray]:
+    with record.progress(len(images), what) as bar:
+        done = 0
+
+        def progress(decided, _):
+            nonlocal done
+            bar.update(decided - done)
+            done = decided
+
+        result = regeneration.regenerate(
+            generator,
+            images,
+            rng,
+            RegenerationConfig(num_starts=config.num_starts, places=config.places),
+            bank=bank,
+            processing=None if name == "none" else processing.get(name),
+            progress=progress,
+        )
+    return {**result._asdict(), "replayed": np.array(result.replayed, np.str_)}
+
+
+def _calibrate(config, record, generator, origin, shape, bank) -> dict[str, Calibration]:
+    """Own images of fresh latents, and foreign ones, under every search."""
+    own = regeneration.make_bank(generator, rng(config, 1), config.num_own).images
+    name = config.foreign or origin.get("dataset", "")
+    if not name:
+        raise UsageError(
+            "--foreign is missing: a folder or data set of images that are certainly not ours"
+        )
+    foreign = data.load(
+        name,
+        split="test",
+        image_size=shape[0],
+        num_images=config.num_foreign,
+        exact=False,
+        seed=int(origin.get("data_seed", 0)),
+        data_dir=config.data_dir or None,
+    )
+    if foreign.shape[1:] != shape:
+        raise UsageError(
+            f"--foreign={name} has images {foreign.shape[1:]}, the generator makes {shape}"
+        )
+    found = {}
+    for number, kind in enumerate(config.processing):
+        results = []
+        for which, images in (("own", own), ("foreign", foreign)):
+            treated = processed(kind, images, rng(config, 2, number, len(results)))
+            search_rng = rng(config, 3, number, len(results))
+            text = f"{len(images)} {which} images" + (f", {kind}" if kind != "none" else "")
+
+            def compute(treated=treated, kind=kind, search_rng=search_rng, text=text):
+                return search(config, record, generator, bank, treated, kind, search_rng, text)
+
+            results.append(record.stage(f"{which}-{kind}", compute, text=text))
+        mine, theirs = results
+        found[kind] = Calibration(
+            mine["rmse"].astype(float),
+            mine["proved"],
+            theirs["rmse"].astype(float),
+            theirs["equations"],
+        )
+    return found
+
+
+def _search_all(config, record, generator, shape, bank, found, calibrations, judging):
+    """Every image under every search until it is proved; suspects, and rows of other files."""
+    rejected = [_row(path, reason) for path, reason in found.rejected]
+    decoded: list[tuple[str, str, np.ndarray]] = []
+    for path in found.paths:
+        full = os.path.join(found.root, path)
+        image, reason = None, "not a regular file"
+        if os.path.isfile(full):  # a pipe would block
+            image, reason = data.decode_image(full, shape)
+        if image is None:
+            rejected.append(_row(path, str(reason)))
+            continue
+        decoded.append((path, hashlib.sha256(image.tobytes()).hexdigest(), image))
+    if config.attributor:
+        decoded, refused = _looked_at_first(config, record, shape, decoded)
+        rejected += refused
+    suspects: list[Suspect] = []
+    for start in range(0, len(decoded), _BLOCK):
+        block = decoded[start : start + _BLOCK]
+        images = np.stack([image for _, _, image in block])
+        suspects += _search_block(
+            config, record, generator, bank, block, images, start, calibrations, judging
+        )
+    return suspects, rejected
+
+
+def _search_block(config, record, generator, bank, block, images, start, calibrations, judging):
+    digest = hashlib.sha256("".join(sha for _, sha, _ in block).encode()).hexdigest()[:12]
+    best: list[tuple[tuple[int, float], Suspect] | None] = [None] * len(block)
+    for number, kind in enumerate(config.processing):
+        todo = np.array(
+            [i for i, b in enumerate(best) if b is None or b[1].row.verdict != "proved"]
+        )
+        if not len(todo):
+            break
+        text = f"images {start + 1} to {start + len(block)}" + (
+            f", {kind}" if kind != "none" else ""
+        )
+
+        def compute(todo=todo, kind=kind, number=number, text=text):
+            search_rng = rng(config, 4, number, start)
+            return search(config, record, generator, bank, images[todo], kind, search_rng, text)
+
+        result = record.stage(f"search-{kind}-{start}-{digest}", compute, text=text)
+        known = calibrations[kind]
+        judged = proof.judge(result["rmse"], result["proved"], known.own, known.foreign, judging)
+        rounding = proof.rounding_p_value(result["misfit"], result["equations"])
+        for place, index in enumerate(todo):
+            path, _, image = block[index]
+            verdict = str(judged.verdict[place])
+            latent = np.ascontiguousarray(result["latent"][place], np.float32)
+            words = [str(result["replayed"][place])] if result["replayed"][place] else []
+            if verdict == "proved" and kind == "none":
+                words.append(f"what is left is rounding: p = {rounding[place]:.2g}")
+            row = Row(
+                path,
+                verdict,
+                _number(result["rmse"][place]),
+                _number(result["largest"][place]),
+                _number(judged.p_value[place]),
+                _number(judged.foreign_probability[place]),
+                kind,
+                hashlib.sha256(latent.tobytes()).hexdigest(),
+                "; ".join(words),
+            )
+            suspect = Suspect(row, image, result["processed"][place], latent)
+            rank = (_RANK.get(verdict, len(_RANK)), float(result["rmse"][place]))
+            held = best[index]
+            if held is None or rank < held[0]:
+                best[index] = (rank, suspect)
+    return [b[1] for b in best if b is not None]
+
+
+def _looked_at_first(config, record, shape, decoded):
+    """Two stages: what the attributor calls not ours without a doubt is not searched."""
+    attributor = bundle.load(config.attributor)
+    if attributor.image_shape != shape:
+        raise UsageError(
+            f"--attributor={config.attributor} is for images {attributor.image_shape}, the "
+            f"generator makes {shape}"
+        )
+    left, refused = [], []
+    size = attributor.config.batch_size
+    with record.progress(len(decoded), f"attributing {len(decoded)} images") as bar:
+        for start in range(0, len(decoded), size):
+            part = decoded[start : start + size]
+            batch = np.stack([image for _, _, image in part])
+            judged = attribution.decide(attributor, attribution.score_with_info(attributor, batch))
+            doubts = attribution.doubts(attributor, batch)
+            for i, entry in enumerate(part):
+                if judged.verdict[i] == "not_ours" and not doubts[i]:
+                    why = f"by the attributor (p = {judged.p_value[i]:.2g}); not searched"
+                    refused.append(_row(entry[0], why, "not_ours"))
+                else:
+                    left.append(entry)
+            bar.update(len(part))
+    return left, refused
+
+
+def _row(path: str, reason: str, verdict: str = "cannot_judge") -> Row:
+    return Row(path, verdict, None, None, None, None, "", "", reason)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _write_rows(path: Path, rows: list[Row]) -> None:
+    # File names are bytes, not always text.
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
+    else:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    files.write_atomically(path, text.encode("utf-8", "surrogateescape"))
+
+
+def _weights_sha256(generator: Generator) -> str:
+    weights = generator.variables if isinstance(generator, TrainedGenerator) else generator.params
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _write_proofs(workdir: Path, suspects: list[Suspect], generator: Generator) -> None:
+    """Latents of what is proved or ours, and their images."""
+    from safetensors.numpy import save
+
+    kept = [s for s in suspects if s.row.verdict in ("proved", "ours")]
+    arrays = {
+        "latents": (
+            np.stack([s.latent for s in kept])
+            if kept
+            else np.zeros((0, generator.latent_dim), np.float32)
+        )
+    }
+    listed = [
+        {
+            "path": s.row.path.encode("utf-8", "backslashreplace").decode(),
+            "pixels_sha256": hashlib.sha256(s.image.tobytes()).hexdigest(),
+            "latent_sha256": s.row.latent_sha256,
+        }
+        for s in kept
+    ]
+    metadata = {"weights_sha256": _weights_sha256(generator), "images": json.dumps(listed)}
+    files.write_atomically(workdir / "proofs.safetensors", save(arrays, metadata=metadata))
+    if kept:
+        data.write_images(workdir / "regenerated", np.stack([s.regenerated for s in kept]))
+
+
+def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[dict[str, Any]]:
+    """Per search, what its verdicts rest on."""
+    found = []
+    for kind, known in calibrations.items():
+        tail = proof.foreign_tail(known.foreign, confidence=judging.confidence)
+        proved = int(known.own_proved.sum())
+        found.append(
+            {
+                "processing": kind,
+                "calibrated_at": CALIBRATED_AT[kind],
+                "num_own": len(known.own),
+                "share_proved": proved / len(known.own),
+                "share_proved_interval": list(metrics.clopper_pearson(proved, len(known.own))),
+                "own_median": float(np.median(known.own)),
+                "own_largest": float(known.own.max()),
+                "num_foreign": len(known.foreign),
+                "foreign_smallest": tail.smallest,
+                "foreign_median": float(np.median(known.foreign)),
+                "codimension": tail.codimension,
+                "codimension_low": tail.codimension_low,
+                "counted_codimension": float(
+                    np.median(proof.counted_codimension(known.equations, latent_dim))
+                ),
+                "ours_up_to": _limit(tail, judging.foreign_rate),
+                "probability_at_half_a_level": float(proof.foreign_probability(tail, 0.5)),
+            }
+        )
+    return found
+
+
+def _limit(tail: proof.ForeignTail, rate: float) -> float:
+    """The error up to which an image is ours, see `proof`."""
+    limit = tail.edge * (rate / tail.share) ** (1 / tail.codimension_low)
+    return float(min(limit, tail.smallest / 2)) if np.isfinite(limit) else 0.0
+
+
+def _metrics(config, rows, calibrations, judging, generator) -> dict[str, Any]:
+    counts = collections.Counter(row.verdict for row in rows)
+    return {
+        "generator": config.generator,
+        "weights_sha256": _weights_sha256(generator),
+        "num_files": len(rows),
+        **{verdict: counts[verdict] for verdict in proof.VERDICTS},
+        "rests_on": _rests_on(config, calibrations, judging, generator.latent_dim),
+    }
+
+
+def codimension_text(row: dict[str, Any]) -> str:
+    """Estimate and lower end; what no tail could be fitted to has none."""
+    if not row["codimension"] or not np.isfinite(row["codimension"]):
+        return "-"
+    return f"{row['codimension']:.1f} [{row['codimension_low']:.1f}, )"
+
+
+def table(results: dict[str, Any]) -> report.Table:
+    """What verdicts rest on, a row per search."""
+    rows = [
+        [
+            row["processing"],
+            row["calibrated_at"],
+            row["num_own"],
+            f"{row['share_proved']:.0%} [{row['share_proved_interval'][0]:.0%}, "
+            f"{row['share_proved_interval'][1]:.0%}]",
+            f"{row['own_median']:.2f} / {row['own_largest']:.2f}",
+            row["num_foreign"],
+            f"{row['foreign_smallest']:.2f} / {row['foreign_median']:.2f}",
+            codimension_text(row),
+            f"{row['counted_codimension']:.0f}",
+            f"{row['ours_up_to']:.2f}",
+        ]
+        for row in results["rests_on"]
+    ]
+    header = [
+        "search",
+        "calibrated at",
+        "own",
+        "proved",
+        "own median / largest",
+        "foreign",
+        "foreign smallest / median",
+        "codimension",
+        "counted",
+        "ours up to",
+    ]
+    return report.Table(header, rows, caption="Errors are root mean squares, in grey levels.")
+
+
+def _difference(image: np.ndarray, regenerated: np.ndarray) -> np.ndarray:
+    """Regenerated image, and the difference times 32 on grey, side by side in RGB."""
+    difference = regenerated.astype(np.int32) - image
+    shown = np.clip(128 + 32 * difference, 0, 255).astype(np.uint8)
+    gap = np.full((image.shape[0], max(1, image.shape[1] // 16), 3), 255, np.uint8)
+    pair = [np.broadcast_to(x, (*x.shape[:2], 3)) for x in (regenerated, shown)]
+    return np.concatenate([pair[0], gap, pair[1]], axis=1)
+
+
+def _write_page(config, record, suspects, rows, calibrations, judging, results) -> None:
+    order = sorted(suspects, key=lambda s: proof.VERDICTS.index(s.row.verdict))
+    shown = order[: config.num_shown]
+    cards = []
+    for s in shown:
+        note = f"{s.row.rmse:.2f} levels, no pixel off by more than {s.row.largest:.0f}"
+        if s.row.processing != "none":
+            note += f", after {s.row.processing}"
+        note += f"; latent {s.row.latent_sha256[:12]}. {s.row.reason}"
+        cards.append(
+            report.Card(
+                s.row.path,
+                s.image,
+                cast(Any, s.row.verdict),
+                s.row.rmse,
+                s.row.p_value,
+                note,
+                _difference(s.image, s.regenerated),
+                "regenerated, and difference times 32",
+            )
+        )
+    names = {"proved": "proved", "ours": "ours", "not_ours": "not ours"}
+    numbers = [(f"{results[key]:,}", words) for key, words in names.items()]
+    numbers.append((f"{results['cannot_judge']:,}", "cannot be judged"))
+    left_out = len(suspects) - len(shown)
+    caption = "Score: root mean square error in grey levels." + (
+        f" {left_out} more images are in the file of verdicts." if left_out else ""
+    )
+    searched: list[Any] = (
+        [report.Gallery(cards, caption)] if cards else ["No image was searched for."]
+    )
+    others = [row for row in rows if row.rmse is None]
+    if others:
+        searched.append(
+            report.Table(
+                ["file", "verdict", "why"],
+                [[row.path, row.verdict.replace("_", " "), row.reason] for row in others[:200]],
+                caption=f"{len(others)} files that were not searched for."
+                + (" The first 200." if len(others) > 200 else ""),
+            )
+        )
+    errors = {}
+    for kind, known in calibrations.items():
+        errors[f"own, {kind}"] = known.own
+        errors[f"foreign, {kind}"] = known.foreign
+    figure = report.histograms(errors, "error in grey levels")
+    report.save_figure(figure, record.figures / "errors.png")
+    first = results["rests_on"][0]
+    sections = [
+        report.Section("Verdicts", [report.KeyNumbers(numbers), *_reading(config, first)]),
+        report.Section("Images", searched),
+        report.Section(
+            "What a verdict rests on",
+            [
+                table(results),
+                report.Picture(figure, "Errors of own and of foreign images under every search."),
+                *_tail_text(first),
+            ],
+        ),
+        report.Section(
+            "To repeat a proof",
+            [
+                "proofs.safetensors holds the latents of what is proved or ours. With the weights "
+                f"(SHA-256 of all of them: {results['weights_sha256']}), the generator makes each "
+                "image again: flipad_jax.detection.regeneration.make_images(generator, latents).",
+                report.Table(
+                    ["setting", "value"],
+                    [
+                        [field.name, str(getattr(config, field.name))]
+                        for field in dataclasses.fields(config)
+                    ],
+                ),
+            ],
+        ),
+    ]
+    report.write_page(
+        record.workdir / "report.html",
+        "Can this model make these images again?",
+        sections,
+        lead=f"{Path(config.images).name or config.images}: {results['num_files']} files, searched "
+        f"for in the latents of {config.generator}.",
+    )
+
+
+def _reading(config: Config, first: dict[str, Any]) -> list[str]:
+    return [
+        "Proved: a latent makes the image again, no pixel off by more than one grey level. Ours: "
+        f"at most half as far as the nearest foreign image, and nearer than a share of "
+        f"{config.foreign_rate:g} of them is expected to come. Not ours: as far away as foreign images, and further than all but "
+        f"{config.fnr:.0%} of own ones; an own image that was processed otherwise than "
+        "--processing assumes can look like that. Cannot be judged: between the two, or no image of this size.",
+        f"Of {first['num_own']} fresh own images ({first['calibrated_at']}) "
+        f"{first['share_proved']:.0%} were regenerated.",
+    ]
+
+
+def _tail_text(first: dict[str, Any]) -> list[str]:
+    if codimension_text(first) == "-":
+        return ["Too few foreign images to say how near others come: nothing is called ours."]
+    return [
+        "How near a foreign image comes by chance: the smallest errors follow a power law, whose "
+        f"exponent is the codimension, {first['codimension']:.1f} here and at least "
+        f"{first['codimension_low']:.1f}. So the probability of an error below half a level is at "
+        f"most {first['probability_at_half_a_level']:.1g}, if the law holds that far down, where "
+        "no foreign image was seen. Counted equations minus unknowns would be a codimension of "
+        f"{first['counted_codimension']:.0f}: what it would be if foreign images were spread over "
+        "all directions, which they are not.",
+        "Neither says anything about images that somebody made so that they come near.",
+    ]
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The counts, and what they rest on."""
+    rests = table(metrics)
+    return "\n".join(
+        [
+            "",
+            report.table_text(rests.header, rests.rows),
+            "",
+            f"{metrics['num_files']} files: {metrics['proved']} proved, {metrics['ours']} ours, "
+            f"{metrics['not_ours']} not ours, {metrics['cannot_judge']} cannot be judged.",
+            "",
+        ]
+    )

@@ -1,0 +1,198 @@
+"""What a regenerated image proves: the statement behind `regeneration`.
+
+`regenerate` finds the latent whose image is nearest to a suspect one. This module says what that
+is worth. Errors are root mean square errors in grey levels.
+
+*   **proved**: no pixel of the regenerated image is off by more than one level. Latent, image and
+    difference are the proof; whoever has the weights can repeat it.
+*   **ours**: the image is not repeated to the last level, but the error is at most half of the
+    smallest that any foreign image had, and so small that a foreign image comes as near with a
+    probability of at most `ProofConfig.foreign_rate`, by the *upper* end of its interval.
+*   **not_ours**: it is as far away as foreign images are, and further than all but the share `fnr`
+    of own images that were searched for in the same way (a conformal p-value). It says: not ours
+    *and processed as the search assumes*. An own image that was processed otherwise can end here.
+*   **cannot_judge**: between the two.
+
+How likely a foreign image is to come near is estimated twice. *Empirically*: errors e of foreign
+images have near their lower end P(e < t) = q (t / u)^alpha, since the images within t of a set of
+images fill a volume that grows like a power of t. The k smallest errors below u give alpha, the
+codimension that foreign images see, by Hill's estimator; k alpha / alpha_hat is Gamma(k)
+distributed, which gives its interval. *By counting*: d unknowns cannot satisfy n > d equations,
+unless by luck; alpha would be n - d if foreign images were spread over all directions alike. They
+are not, so that number is an upper end, not an estimate; it is printed beside the other. Neither
+says anything about images that somebody *made* to come near.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from flipad_jax.detection import calibration
+
+__all__ = [
+    "VERDICTS",
+    "ForeignTail",
+    "ProofConfig",
+    "counted_codimension",
+    "foreign_probability",
+    "foreign_tail",
+    "judge",
+    "rounding_p_value",
+]
+
+VERDICTS = ("proved", "ours", "not_ours", "cannot_judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProofConfig:
+    """Settings of the statement.
+
+    Attributes:
+      fnr: share of own images, processed as assumed, that may be called not ours.
+      foreign_rate: probability of a foreign image to be called ours.
+      confidence: of all intervals.
+    Raises:
+      ValueError: for numbers outside (0, 1).
+    """
+
+    fnr: float = 0.02
+    foreign_rate: float = 1e-3
+    confidence: float = 0.95
+
+    def __post_init__(self):
+        for name in ("fnr", "foreign_rate", "confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"ProofConfig: {name}={getattr(self, name)}: expected in (0, 1)")
+
+
+class ForeignTail(NamedTuple):
+    """Lower tail of the errors of foreign images.
+
+    Attributes:
+      edge: u, below which the power law is taken to hold; NaN if there are too few errors.
+      share: q, of the errors below u.
+      codimension: alpha, by Hill's estimator.
+      codimension_low: lower end of its interval.
+      smallest: of all errors.
+      num_images: errors in all.
+    """
+
+    edge: float
+    share: float
+    codimension: float
+    codimension_low: float
+    smallest: float
+    num_images: int
+
+
+_SMALLEST_TAIL = 10
+
+
+def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail:
+    """Fit the lower tail to the smallest tenth of the errors, ten of them at least.
+
+    Args:
+      errors: `[n]` positive, finite; of foreign images under the same search.
+      confidence: of the lower end of alpha, one-sided.
+    Raises:
+      ValueError: for errors that are not positive and finite, or none.
+    """
+    errors = np.sort(np.asarray(errors, np.float64))
+    if errors.ndim != 1 or not len(errors) or not (np.isfinite(errors) & (errors > 0)).all():
+        raise ValueError(f"foreign errors must be positive and finite, [n]; got {errors!r}")
+    k = max(_SMALLEST_TAIL, len(errors) // 10)
+    if len(errors) <= k or errors[k] <= errors[0]:
+        return ForeignTail(math.nan, math.nan, math.nan, math.nan, errors[0], len(errors))
+    edge = errors[k]
+    alpha = 1 / float(np.mean(np.log(edge / errors[:k])))
+    low = alpha * scipy.stats.gamma.ppf(1 - confidence, k) / k
+    return ForeignTail(float(edge), k / len(errors), alpha, float(low), errors[0], len(errors))
+
+
+def foreign_probability(tail: ForeignTail, error: np.ndarray | float) -> np.ndarray:
+    """Upper bound of P(a foreign image comes as near as `error`), with the tail's confidence.
+
+    Args:
+      tail: from `foreign_tail`.
+      error: `[...]`.
+    Returns:
+      `[...]` in [0, 1]; the power law with the lower end of alpha below `tail.edge`, 1 above it and
+      where there is no tail.
+    """
+    error = np.asarray(error, np.float64)
+    if math.isnan(tail.edge):
+        return np.ones(error.shape)
+    inside = tail.share * (np.minimum(error, tail.edge) / tail.edge) ** tail.codimension_low
+    return np.where(error < tail.edge, inside, 1.0)
+
+
+def counted_codimension(equations: np.ndarray, latent_dim: int) -> np.ndarray:
+    """n - d, at least 0: see the module docstring."""
+    return np.maximum(np.asarray(equations) - latent_dim, 0)
+
+
+def rounding_p_value(misfit: np.ndarray, equations: np.ndarray) -> np.ndarray:
+    """P-value of "ours and untouched": is what is left no more than rounding?
+
+    Under it r is uniform in +-1/2 for each of n pixels that are not cut off, so the mean of r^2 has
+    mean 1/12 and variance 1 / (180 n). A latent that was fitted makes r smaller, not larger, so an
+    image of ours is refused no more often than the p-value says.
+
+    Args:
+      misfit: `[...]` mean of r^2 (`Regenerated.misfit`).
+      equations: `[...]` n.
+    Returns:
+      `[...]` by the normal approximation; NaN where n = 0.
+    """
+    n = np.asarray(equations, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = (np.asarray(misfit, np.float64) - 1 / 12) * np.sqrt(180 * n)
+    return np.where(n > 0, scipy.stats.norm.sf(z), np.nan)
+
+
+class Judgement(NamedTuple):
+    """`[n]` each.
+
+    Attributes:
+      verdict: of `VERDICTS`.
+      p_value: conformal, against own images that were searched for in the same way.
+      foreign_probability: upper bound that a foreign image comes as near.
+    """
+
+    verdict: np.ndarray
+    p_value: np.ndarray
+    foreign_probability: np.ndarray
+
+
+def judge(
+    errors: np.ndarray,
+    proved: np.ndarray,
+    own_errors: np.ndarray,
+    foreign_errors: np.ndarray,
+    config: ProofConfig = ProofConfig(),
+) -> Judgement:
+    """Verdicts of the module docstring.
+
+    Args:
+      errors: `[n]` of the suspect images; one that is not finite is no verdict.
+      proved: `[n]` bool, `Regenerated.proved`.
+      own_errors: `[m]` of own images that were processed as the search assumes.
+      foreign_errors: `[k]` of foreign images.
+      config: settings.
+    Raises:
+      ValueError: for own or foreign errors that are missing or not finite.
+    """
+    errors = np.asarray(errors, np.float64)
+    tail = foreign_tail(foreign_errors, confidence=config.confidence)
+    p_value = calibration.conformal_p_values(own_errors, errors)
+    probability = np.where(np.isfinite(errors), foreign_probability(tail, errors), np.nan)
+    with np.errstate(invalid="ignore"):
+        near = (probability <= config.foreign_rate) & (errors <= tail.smallest / 2)
+        far = (p_value <= config.fnr) & (errors >= tail.smallest)
+    verdict = np.where(
+        proved, "proved", np.where(near, "ours", np.where(far, "not_ours", "cannot_judge"))
+    )
+    return Judgement(verdict, p_value, probability)

@@ -1,0 +1,88 @@
+"""The statement: a power law that is known is found, with its interval; p-values under the null."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from flipad_jax.detection import proof
+from flipad_jax.detection.proof import ProofConfig
+
+
+def power_law(rng, alpha, edge, num):
+    """Errors with P(e < t) = (t / edge)^alpha."""
+    return edge * rng.uniform(size=num) ** (1 / alpha)
+
+
+def test_the_codimension_of_a_power_law_is_found():
+    errors = power_law(np.random.default_rng(0), 5.0, 9.0, 20_000)
+    tail = proof.foreign_tail(errors)
+    assert tail.codimension == pytest.approx(5, rel=0.06)
+    assert tail.smallest == errors.min() and tail.num_images == 20_000
+    # P(e < t) = (t / 9)^5, of which the lower end of alpha gives a bound.
+    for t in (1.0, 2.0, 4.0):
+        bound = float(proof.foreign_probability(tail, t))
+        assert (t / 9) ** 5 <= bound <= 2 * (t / 9) ** 4.5
+    assert proof.foreign_probability(tail, [tail.edge, 100.0]).tolist() == [1, 1]
+
+
+def test_the_lower_end_is_one_as_often_as_it_says():
+    """2000 samples of 150 errors: alpha is below the 90 % end in one of ten."""
+    rng = np.random.default_rng(1)
+    low = [
+        proof.foreign_tail(power_law(rng, 3.0, 8.0, 150), confidence=0.9).codimension_low
+        for _ in range(2000)
+    ]
+    assert np.mean(np.array(low) > 3.0) == pytest.approx(0.1, abs=0.02)
+
+
+def test_few_foreign_images_bound_nothing():
+    tail = proof.foreign_tail(np.array([5.0, 6.0, 7.0]))
+    assert math.isnan(tail.edge) and tail.smallest == 5
+    assert proof.foreign_probability(tail, [0.1, 9.0]).tolist() == [1, 1]
+
+
+def test_rounding_is_rounding():
+    """Under the null at most as many small p-values as there may be; twice the error has none."""
+    rng = np.random.default_rng(2)
+    for n in (60, 1024):
+        r = rng.uniform(-0.5, 0.5, (4000, n))
+        p = proof.rounding_p_value(np.square(r).mean(axis=1), np.full(4000, n))
+        assert scipy.stats.kstest(p, "uniform").pvalue > 1e-3
+        more = proof.rounding_p_value(np.square(1.4 * r).mean(axis=1), np.full(4000, n))
+        assert np.mean(more < 0.05) > 0.95
+    assert np.isnan(proof.rounding_p_value(0.0, 0))
+
+
+def test_verdicts():
+    rng = np.random.default_rng(3)
+    own = rng.uniform(0.1, 0.3, 99)
+    foreign = np.concatenate([[5.0], power_law(rng, 6.0, 12.0, 999) + 5])
+    errors = np.array([0.2, 0.2, 2.0, 4.9, 5.0, 20.0, np.inf, np.nan])
+    proved = np.array([True, False, False, False, False, False, False, False])
+    found = proof.judge(errors, proved, own, foreign, ProofConfig(fnr=0.02, foreign_rate=1e-3))
+    assert found.verdict.tolist()[:2] == ["proved", "ours"]
+    # Nearer than any foreign image that was seen, but not by much.
+    assert found.verdict[3] == "cannot_judge" and found.foreign_probability[3] < 1e-2
+    assert found.verdict.tolist()[4:] == ["not_ours", "not_ours", "cannot_judge", "cannot_judge"]
+    np.testing.assert_allclose(found.p_value[3:6], 1 / 100)
+    assert np.isnan(found.p_value[6:]).all() and np.isnan(found.foreign_probability[6:]).all()
+    tail = proof.foreign_tail(foreign)
+    np.testing.assert_allclose(
+        found.foreign_probability[:6], proof.foreign_probability(tail, errors[:6])
+    )
+    # Too few own images for this rate: nothing is called not ours.
+    few = proof.judge(errors, proved, own[:20], foreign, ProofConfig(fnr=0.02))
+    assert "not_ours" not in few.verdict
+
+
+def test_mistakes_are_named():
+    for name in ("fnr", "foreign_rate", "confidence"):
+        for bad in (0.0, 1.0, math.nan):
+            with pytest.raises(ValueError, match=name):
+                ProofConfig(**{name: bad})
+    for bad in ([], [1.0, math.nan], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="foreign errors"):
+            proof.foreign_tail(np.array(bad))
+    assert proof.counted_codimension(np.array([100, 3]), 8).tolist() == [92, 0]

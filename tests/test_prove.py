@@ -1,0 +1,145 @@
+"""`--experiment=prove` as a user runs it, on a generator that is imported by its path."""
+
+import csv
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import toy_model
+from safetensors import safe_open
+
+from experiments import _config
+from flipad_jax import data
+from flipad_jax.detection import regeneration
+
+GENERATOR = toy_model.latent_generator()
+NUM_OWN = 3
+
+
+def run(workdir, *flags):
+    return _config.main(
+        ["run.py", "--experiment=prove", "--preset=smoke", f"--workdir={workdir}", *flags]
+    )
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module", name="folders")
+def _folders(tmp_path_factory):
+    """Suspects: own images, others, one that is broken, one that is too large; foreign images."""
+    root = tmp_path_factory.mktemp("prove")
+    rng = np.random.default_rng(5)
+    own = regeneration.make_bank(GENERATOR, jax.random.key(99), NUM_OWN).images
+    data.write_images(root / "suspects" / "own", own)
+    other = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    data.write_images(root / "suspects" / "other", other)
+    data.write_images(root / "suspects" / "large", np.zeros((1, 16, 16, 3), np.uint8))
+    (root / "suspects" / "broken.png").write_text("no image")
+    data.write_images(root / "foreign", rng.integers(0, 256, (400, 8, 8, 3), dtype=np.uint8))
+    return root, own
+
+
+@pytest.fixture(scope="module", name="finished")
+def _finished(folders):
+    root, own = folders
+    flags = (
+        "--generator=toy_model:latent_generator",
+        f"--images={root / 'suspects'}",
+        f"--foreign={root / 'foreign'}",
+        "--num_own=60",
+        "--num_foreign=40",
+        "--num_starts=4",
+    )
+    workdir = root / "run"
+    assert run(workdir, *flags) == 0
+    return workdir, flags, own
+
+
+def test_own_images_are_proved_and_others_are_not(finished):
+    workdir, _, _ = finished
+    rows = rows_of(workdir / "verdicts.csv")
+    assert [rows[f"own/0000{i}.png"]["verdict"] for i in range(NUM_OWN)] == ["proved"] * NUM_OWN
+    assert [rows[f"other/0000{i}.png"]["verdict"] for i in range(2)] == ["not_ours"] * 2
+    assert rows["broken.png"]["verdict"] == rows["large/00000.png"]["verdict"] == "cannot_judge"
+    assert "16 x 16" in rows["large/00000.png"]["reason"] and rows["broken.png"]["reason"]
+    found = json.loads((workdir / "results.json").read_text())["metrics"]
+    assert (found["proved"], found["not_ours"], found["cannot_judge"]) == (NUM_OWN, 2, 2)
+    assert found["rests_on"][0]["foreign_smallest"] > 3
+
+
+def test_a_proof_can_be_repeated(finished):
+    """From the file of proofs alone, with the weights."""
+    workdir, _, own = finished
+    with safe_open(workdir / "proofs.safetensors", framework="np") as file:
+        latents, metadata = file.get_tensor("latents"), file.metadata()
+    listed = json.loads(metadata["images"])
+    assert [entry["path"] for entry in listed] == [f"own/0000{i}.png" for i in range(NUM_OWN)]
+    made = regeneration.make_images(GENERATOR, latents)
+    assert np.abs(made.astype(int) - own).max() <= 1
+    rows = rows_of(workdir / "verdicts.csv")
+    for latent, image, entry in zip(latents, own, listed, strict=True):
+        assert entry["latent_sha256"] == hashlib.sha256(latent.tobytes()).hexdigest()
+        assert entry["latent_sha256"] == rows[entry["path"]]["latent_sha256"]
+        assert entry["pixels_sha256"] == hashlib.sha256(image.tobytes()).hexdigest()
+    written = data.read_images(workdir / "regenerated").images
+    np.testing.assert_array_equal(written, made)
+
+
+def test_the_page_shows_what_a_verdict_rests_on(finished):
+    page = (finished[0] / "report.html").read_text()
+    for words in ("proved", "regenerated, and difference times 32", "codimension", "own/00000.png"):
+        assert words in page
+    assert "<script" not in page
+
+
+def test_another_rate_searches_nothing_again(finished, monkeypatch):
+    workdir, _, _ = finished
+    before = rows_of(workdir / "verdicts.csv")
+
+    def never(*_, **__):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(regeneration, "regenerate", never)
+    assert run(workdir, "--fnr=0.5", "--output=" + str(workdir / "again.csv")) == 0
+    after = rows_of(workdir / "again.csv")
+    assert {p: r["rmse"] for p, r in after.items()} == {p: r["rmse"] for p, r in before.items()}
+
+
+def test_processed_images_are_found_by_the_search_that_knows(folders, tmp_path):
+    root, own = folders
+    dark = np.clip(np.round(own * 0.8), 0, 255).astype(np.uint8)
+    data.write_images(tmp_path / "dark", dark)
+    flags = (
+        "--generator=toy_model:latent_generator",
+        f"--images={tmp_path / 'dark'}",
+        f"--foreign={root / 'foreign'}",
+        "--num_own=60",
+        "--num_foreign=40",
+        "--processing=none,brightness",
+        f"--output={tmp_path / 'found.jsonl'}",
+    )
+    assert run(tmp_path / "run", *flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert {row["processing"] for row in rows} == {"brightness"}
+    assert {row["verdict"] for row in rows} <= {"proved", "ours"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ((), "--images is missing"),
+        (("--generator=nothing",), "no file, no MODULE:FUNCTION"),
+        (("--generator=toy_model:missing",), "cannot be imported"),
+        (("--generator=toy_model:no_generator",), "returned int"),
+        (("--generator=toy_model:latent_generator",), "--foreign is missing"),
+    ],
+)
+def test_mistakes_are_named(folders, tmp_path, capsys, flags, words):
+    images = (f"--images={folders[0] / 'suspects'}",) if flags else ()
+    assert run(tmp_path / "run", *flags, *images) == 2
+    assert words in capsys.readouterr().err
