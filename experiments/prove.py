@@ -30,12 +30,12 @@ import numpy as np
 from experiments import _suspects
 from experiments._config import Run, check_once, setting
 from experiments._record import UsageError
-from flipad_jax import data, files, metrics, perturbations, report
+from flipad_jax import conventions, data, files, metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, processing, proof, regeneration
 from flipad_jax.detection.latent_inversion import LatentGenerator
 from flipad_jax.detection.regeneration import RegenerationConfig
-from flipad_jax.generators import zoo
+from flipad_jax.generators import interop, torch_generators, zoo
 from flipad_jax.generators.sampling import TrainedGenerator
 
 COLUMNS = (
@@ -71,8 +71,13 @@ class Config:
 
     generator: str = setting(
         "digits_dcgan_0",
-        "A generator of the zoo, a file of train_generator, or MODULE:FUNCTION that returns a "
-        "LatentGenerator or TrainedGenerator.",
+        "A generator of the zoo, a file of train_generator, PyTorch weights of a DCGAN, WGAN-GP, "
+        "LSGAN or EBGAN, or MODULE:FUNCTION that returns a LatentGenerator or TrainedGenerator.",
+    )
+    convention: str = setting(
+        "paper",
+        "Of LSGAN from PyTorch weights: reference has the epsilon of its published code.",
+        choices=conventions.CONVENTIONS,
     )
     images: str = setting("", "A folder of images (with subfolders), or one image file.")
     output: str = setting("", "File of verdicts, .csv or .jsonl; WORKDIR/verdicts.csv by default.")
@@ -168,7 +173,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             f"{config.num_own} own images certify no fnr below {1 / (config.num_own + 1):.3g}: no "
             "image can be called not ours; give a larger --num_own"
         )
-    generator, origin = load_generator(config.generator)
+    generator, origin = load_generator(config.generator, config.convention)
     shape = regeneration.check_generator(generator)
     bank = None
     if config.bank:
@@ -194,8 +199,10 @@ def found_order(found: data.Found, row: Row) -> tuple[int, str]:
     return places.get(row.path, len(places)), row.path
 
 
-def load_generator(name: str) -> tuple[Generator, dict[str, Any]]:
+def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dict[str, Any]]:
     """A generator by name, file or import path, and what is recorded of it.
+
+    A file of PyTorch weights has no record, and those of LSGAN a convention.
 
     Raises:
       ValueError: if it is none of them, or the function returns something else.
@@ -203,7 +210,10 @@ def load_generator(name: str) -> tuple[Generator, dict[str, Any]]:
     if name in zoo.names():
         return zoo.load(name), zoo.record(name)
     if Path(name).is_file():
-        return zoo.load_file(name), zoo.record_file(name)
+        if name.endswith(".safetensors") and zoo.is_record(name):
+            return zoo.load_file(name), zoo.record_file(name)
+        arrays = interop.read_arrays(name)
+        return torch_generators.from_arrays(arrays, convention=convention), {}
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(
@@ -223,7 +233,7 @@ def load_generator(name: str) -> tuple[Generator, dict[str, Any]]:
 
 
 def rng(config: Any, *path: int) -> jax.Array:
-    """0 bank, 1 own images, 2 their processing, 3 calibration, 4 suspects, 5 the study's sources."""
+    """0 bank, 1 own images, 2 processing, 3 calibration, 4 suspects, 5 the study's sources."""
     found = jax.random.key(config.seed)
     for part in path:
         found = jax.random.fold_in(found, part)
@@ -281,7 +291,7 @@ def _calibrate(config, record, generator, origin, shape, bank) -> dict[str, Cali
         )
     found = {}
     for number, kind in enumerate(config.processing):
-        results = []
+        results: list[dict[str, np.ndarray]] = []
         for which, images in (("own", own), ("foreign", foreign)):
             treated = processed(kind, images, rng(config, 2, number, len(results)))
             search_rng = rng(config, 3, number, len(results))
@@ -640,10 +650,11 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
 def _reading(config: Config, first: dict[str, Any]) -> list[str]:
     return [
         "Proved: a latent makes the image again, no pixel off by more than one grey level. Ours: "
-        f"at most half as far as the nearest foreign image, and nearer than a share of "
-        f"{config.foreign_rate:g} of them is expected to come. Not ours: as far away as foreign images, and further than all but "
-        f"{config.fnr:.0%} of own ones; an own image that was processed otherwise than "
-        "--processing assumes can look like that. Cannot be judged: between the two, or no image of this size.",
+        "at most half as far as the nearest foreign image, and nearer than a share of "
+        f"{config.foreign_rate:g} of them is expected to come. Not ours: as far away as foreign "
+        f"images, and further than all but {config.fnr:.0%} of own ones; an own image that was "
+        "processed otherwise than --processing assumes can look like that. Cannot be judged: "
+        "between the two, or no image of this size.",
         f"Of {first['num_own']} fresh own images ({first['calibrated_at']}) "
         f"{first['share_proved']:.0%} were regenerated.",
     ]

@@ -19,7 +19,17 @@ from flipad_jax import conventions, files
 from flipad_jax.generators import dcgan, ebgan, lsgan, training, wgan_gp
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["FAMILIES", "load", "load_file", "make", "names", "record", "record_file", "save_file"]
+__all__ = [
+    "FAMILIES",
+    "is_record",
+    "load",
+    "load_file",
+    "make",
+    "names",
+    "record",
+    "record_file",
+    "save_file",
+]
 
 FAMILIES = {
     "dcgan": dcgan.dcgan,
@@ -102,6 +112,17 @@ def load_file(path: str | os.PathLike) -> TrainedGenerator:
     entry = record_file(path)
     with open(path, "rb") as file:
         return _build(entry, file.read())
+
+
+def is_record(path: str | os.PathLike) -> bool:
+    """Whether a safetensors file was written by `save_file`; False for what cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            return "generator" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def record_file(path: str | os.PathLike) -> dict[str, Any]:
