@@ -2,12 +2,15 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
 from flipad_jax.detection import proof
 from flipad_jax.detection.proof import ProofConfig
+from flipad_jax.generators import zoo
 
 
 def power_law(rng, alpha, edge, num):
@@ -86,3 +89,18 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match="foreign errors"):
             proof.foreign_tail(np.array(bad))
     assert proof.counted_codimension(np.array([100, 3]), 8).tolist() == [92, 0]
+
+
+@pytest.mark.parametrize("name", ["digits_dcgan_0", "digits_lsgan_0"])
+def test_another_arithmetic_changes_pixels_by_far_less_than_rounding(name):
+    """What another device may do to a proof: float32 against float64 (the tests have both)."""
+    generator = zoo.load(name)
+    z = np.random.default_rng(0).normal(size=(100, generator.latent_dim))
+
+    def levels(dtype):
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), generator.variables)
+        return 127.5 * np.asarray(jax.jit(generator.module.apply)(variables, z.astype(dtype)))
+
+    single, double = levels(np.float32), levels(np.float64)
+    assert single.dtype == np.float32 and double.dtype == np.float64
+    assert 0 < np.abs(single - double).max() < 0.01

@@ -28,7 +28,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from flipad_jax.detection import calibration
 
@@ -100,6 +99,8 @@ def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail
     Raises:
       ValueError: for errors that are not positive and finite, or none.
     """
+    import scipy.stats  # Here: it is slow to import.
+
     errors = np.sort(np.asarray(errors, np.float64))
     if errors.ndim != 1 or not len(errors) or not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError(f"foreign errors must be positive and finite, [n]; got {errors!r}")
@@ -147,6 +148,8 @@ def rounding_p_value(misfit: np.ndarray, equations: np.ndarray) -> np.ndarray:
     Returns:
       `[...]` by the normal approximation; NaN where n = 0.
     """
+    import scipy.stats
+
     n = np.asarray(equations, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = (np.asarray(misfit, np.float64) - 1 / 12) * np.sqrt(180 * n)

@@ -133,6 +133,8 @@ class RegenerationConfig:
             raise ValueError(f"RegenerationConfig: {self.min_gain=} must be in [0, 1/3)")
         if not 0 < self.slack < 127:
             raise ValueError(f"RegenerationConfig: {self.slack=} must be in (0, 127) grey levels")
+        if not 0 <= self.prior < math.inf:
+            raise ValueError(f"RegenerationConfig: {self.prior=} must be finite and not negative")
         if not all(v >= 0 for v in (self.max_levels, self.rmse_levels, self.switch_levels)):
             raise ValueError(
                 f"RegenerationConfig: {self.max_levels=}, {self.rmse_levels=} and "
@@ -614,7 +616,7 @@ def check_generator(generator: TrainedGenerator | LatentGenerator) -> tuple[int,
     z = z.at[-1].set(0)
     if isinstance(generator, LatentGenerator):
         made = jax.eval_shape(generator.apply, generator.params, z[:1])
-        shape = getattr(made, "shape", ())
+        shape: tuple[int, ...] = getattr(made, "shape", ())
         if len(shape) != 4 or shape[0] != 1:
             raise ValueError(
                 f"the generator makes {made} of one latent, expected one image [1, h, w, c]"

@@ -41,7 +41,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.fft
 from jax import lax
 
 from flipad_jax import files
@@ -141,6 +140,8 @@ def _band(shape: tuple[int, ...], bandwidth: int) -> np.ndarray | None:
         raise ValueError(
             f"bandwidth={bandwidth}: images of {height} x {width} have no more than that"
         )
+    import scipy.fft  # Here: it is slow to import.
+
     rows, columns = (
         scipy.fft.dct(np.eye(side), norm="ortho", axis=0)[:bandwidth] for side in (height, width)
     )
