@@ -403,6 +403,7 @@ def execute(
         commit=commit,
         changeable=changeable or (),
         precious=getattr(module, "PRECIOUS", None),
+        defaults=_flag_texts(module, experiment, preset, module.Config()),
     ) as record:
         results = read_results(record.workdir) if changeable is None else None
         if results is not None:

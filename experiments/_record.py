@@ -402,9 +402,13 @@ def _write_flags(run: Run, flags: Mapping[str, str]) -> None:
     write_atomically(run.workdir / "config.flags", "\n".join(lines) + "\n")
 
 
-def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+def _differences(
+    theirs: Mapping[str, str], ours: Mapping[str, str], defaults: Mapping[str, str]
+) -> dict[str, str]:
+    # A run of before a setting existed had its default, and one that is gone cannot be another.
+    theirs = {**{name: text for name, text in defaults.items() if name in ours}, **theirs}
     # The preset only names defaults; two names for equal settings are the same run.
-    names = [n for n in (*ours, *theirs) if n != "preset" and theirs.get(n) != ours.get(n)]
+    names = [n for n in ours if n != "preset" and theirs.get(n) != ours[n]]
     texts = ((name, theirs.get(name, "unset"), ours.get(name, "unset")) for name in names)
     return {name: f"{name} is {there} there and {here} here" for name, there, here in texts}
 
@@ -418,6 +422,7 @@ def open_workdir(
     commit: str | None = None,
     changeable: Sequence[str] = (),
     precious: str | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Enter a workdir for one run: a new or empty folder, or one of the same settings.
 
@@ -429,6 +434,7 @@ def open_workdir(
       commit: revision of the code, remembered with every stage.
       changeable: flags that may differ from those of the run that is there.
       precious: name of a file; a workdir that has one is never deleted, whatever `overwrite` says.
+      defaults: flags of the settings' defaults, for those that the run that is there did not know.
 
     Raises:
       UsageError: if the folder belongs to something else, to a run of other settings, or to a run
@@ -458,7 +464,7 @@ def open_workdir(
             _write_flags(run, flags)
         else:
             theirs, run.started = found
-            different = _differences(theirs, flags)
+            different = _differences(theirs, flags, defaults or {})
             fixed = {name: text for name, text in different.items() if name not in changeable}
             if different and (not fixed or not _has_results(run)):
                 # Without results an earlier start failed before it made anything, on a mistyped

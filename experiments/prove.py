@@ -21,6 +21,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +31,7 @@ import numpy as np
 from experiments import _suspects
 from experiments._config import Run, check_once, setting
 from experiments._record import UsageError
-from flipad_jax import conventions, data, files, metrics, perturbations, report
+from flipad_jax import conventions, data, files, idx_images, metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, processing, proof, regeneration
 from flipad_jax.detection.latent_inversion import LatentGenerator
@@ -76,7 +77,8 @@ class Config:
     )
     convention: str = setting(
         "paper",
-        "Of LSGAN from PyTorch weights: reference has the epsilon of its published code.",
+        "Of LSGAN from PyTorch weights: reference has the epsilon of its published code; nothing "
+        "else heeds it.",
         choices=conventions.CONVENTIONS,
     )
     images: str = setting("", "A folder of images (with subfolders), or one image file.")
@@ -87,7 +89,7 @@ class Config:
     foreign: str = setting(
         "",
         "Images that are certainly not ours: digits, photos, a TFDS name, or a folder; by default "
-        "those that the generator was trained on.",
+        "the test split of the data set that the generator was trained on.",
     )
     data_dir: str = setting("", "Where TFDS data sets lie; its default if empty.")
     seed: int = setting(0, "Latents and starts are drawn from it.", lower_bound=0)
@@ -130,8 +132,9 @@ class Calibration(NamedTuple):
 
     own: np.ndarray  # [m] errors
     own_proved: np.ndarray  # [m] bool
-    foreign: np.ndarray  # [k] errors
+    foreign: np.ndarray  # [k] errors, the smaller one of those untouched and processed
     equations: np.ndarray  # [k] of foreign images
+    tail: proof.ForeignTail
 
 
 class Row(NamedTuple):
@@ -149,12 +152,15 @@ class Row(NamedTuple):
 
 
 class Suspect(NamedTuple):
-    """An image that was searched for: its row, and what is shown of it."""
+    """An image that was searched for: its row, and all that repeats what was found."""
 
     row: Row
     image: np.ndarray
-    regenerated: np.ndarray
+    made: np.ndarray  # what the latent makes
+    processed: np.ndarray  # the same after the processing that was found
     latent: np.ndarray
+    unknowns: np.ndarray
+    replayed: str
 
 
 def run(config: Config, record: Run) -> dict[str, Any]:
@@ -178,11 +184,21 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     bank = None
     if config.bank:
         bank = regeneration.make_bank(generator, rng(config, 0), config.bank)
-    calibrations = _calibrate(config, record, generator, origin, shape, bank)
-    suspects, rejected = _search_all(
-        config, record, generator, shape, bank, found, calibrations, judging
+    known = _known_images(config, record, generator, origin, shape)
+    calibrations: dict[str, Calibration] = {}
+    decoded, rejected = _decoded(config, record, generator, shape, found)
+    suspects = []
+    if decoded:
+        digest = _digest(generator, *known)
+        calibrations = _calibrate(config, record, generator, bank, known, digest, judging)
+        suspects = _search_all(
+            config, record, generator, bank, decoded, calibrations, judging, digest
+        )
+    places = {path: place for place, path in enumerate(found.paths)}
+    rows = sorted(
+        [s.row for s in suspects] + rejected,
+        key=lambda row: (places.get(row.path, len(places)), row.path),
     )
-    rows = sorted([s.row for s in suspects] + rejected, key=lambda row: found_order(found, row))
     _write_rows(output, rows)
     _write_proofs(record.workdir, suspects, generator)
     metrics_found = _metrics(config, rows, calibrations, judging, generator)
@@ -191,12 +207,6 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     record.say(f"Verdicts: {output}")
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return metrics_found
-
-
-def found_order(found: data.Found, row: Row) -> tuple[int, str]:
-    """Files in the order in which they were found, what cannot be entered behind them."""
-    places = {path: place for place, path in enumerate(found.paths)}
-    return places.get(row.path, len(places)), row.path
 
 
 def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dict[str, Any]]:
@@ -268,51 +278,96 @@ def search(config, record, generator, bank, images, name, rng, what) -> dict[str
     return {**result._asdict(), "replayed": np.array(result.replayed, np.str_)}
 
 
-def _calibrate(config, record, generator, origin, shape, bank) -> dict[str, Calibration]:
-    """Own images of fresh latents, and foreign ones, under every search."""
+def _known_images(config, record, generator, origin, shape) -> tuple[np.ndarray, np.ndarray]:
+    """Own images of fresh latents, and foreign ones."""
     own = regeneration.make_bank(generator, rng(config, 1), config.num_own).images
+    if own.min() >= 127:
+        record.warn(
+            "no own image is anywhere darker than grey: the generator seems to make images in "
+            "[0, 1], expected are images in [-1, 1]"
+        )
     name = config.foreign or origin.get("dataset", "")
     if not name:
         raise UsageError(
             "--foreign is missing: a folder or data set of images that are certainly not ours"
         )
-    foreign = data.load(
-        name,
-        split="test",
-        image_size=shape[0],
-        num_images=config.num_foreign,
-        exact=False,
-        seed=int(origin.get("data_seed", 0)),
-        data_dir=config.data_dir or None,
-    )
-    if foreign.shape[1:] != shape:
+    if os.path.isdir(name) and not idx_images.is_folder(name):  # all of it, not its test split
+        foreign = data.read_images(name, image_shape=shape).images
+        foreign = foreign[data.permutation(len(foreign), config.seed)[: config.num_foreign]]
+    else:
+        foreign = data.load(
+            name,
+            split="test",
+            image_size=shape[0],
+            num_images=config.num_foreign,
+            exact=False,
+            seed=int(origin.get("data_seed", 0)),
+            data_dir=config.data_dir or None,
+        )
+    if foreign.shape[1:] != shape or not len(foreign):
         raise UsageError(
             f"--foreign={name} has images {foreign.shape[1:]}, the generator makes {shape}"
+            if len(foreign)
+            else f"--foreign={name} has no usable image {shape}"
         )
+    if len(foreign) < config.num_foreign:
+        record.warn(f"--foreign={name} has {len(foreign)} images, {config.num_foreign} were wanted")
+    return own, foreign
+
+
+def _digest(generator: Generator, own: np.ndarray, foreign: np.ndarray) -> str:
+    """Of all that a kept stage rests on, but for settings; own images change with `apply`."""
+    digest = hashlib.sha256(weights_sha256(generator).encode())
+    digest.update(own.tobytes())
+    digest.update(foreign.tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[str, Calibration]:
+    """Own and foreign images under every search."""
     found = {}
     for number, kind in enumerate(config.processing):
-        results: list[dict[str, np.ndarray]] = []
-        for which, images in (("own", own), ("foreign", foreign)):
-            treated = processed(kind, images, rng(config, 2, number, len(results)))
-            search_rng = rng(config, 3, number, len(results))
+        results: dict[str, dict[str, np.ndarray]] = {}
+        sets = [("own", known[0], kind), ("foreign", known[1], kind)]
+        if kind != "none":  # a foreign image need not have been processed at all
+            sets.append(("foreign-untouched", known[1], "none"))
+        for place, (which, images, how) in enumerate(sets):
+            treated = processed(how, images, rng(config, 2, number, place))
+            search_rng = rng(config, 3, number, place)
             text = f"{len(images)} {which} images" + (f", {kind}" if kind != "none" else "")
 
             def compute(treated=treated, kind=kind, search_rng=search_rng, text=text):
                 return search(config, record, generator, bank, treated, kind, search_rng, text)
 
-            results.append(record.stage(f"{which}-{kind}", compute, text=text))
-        mine, theirs = results
+            results[which] = record.stage(f"{which}-{kind}-{digest}", compute, text=text)
+        foreign = [result for which, result in results.items() if which != "own"]
+        errors = np.min([result["rmse"] for result in foreign], axis=0).astype(float)
+        hit = int(np.any([result["proved"] for result in foreign], axis=0).sum())
+        if hit or not np.isfinite(errors).all():
+            raise UsageError(
+                f"{hit} of {len(errors)} foreign images are regenerated (search {kind}): --foreign "
+                "holds images of ours, or the generator makes almost any image"
+                if hit
+                else f"foreign images with errors that are not finite (search {kind})"
+            )
+        tail = proof.foreign_tail(errors, confidence=judging.confidence)
+        if np.isnan(tail.edge):
+            record.warn(
+                f"{len(errors)} foreign images are too few to bound how near others come (search "
+                f"{kind}): nothing is called ours; give a larger --num_foreign, above 10"
+            )
         found[kind] = Calibration(
-            mine["rmse"].astype(float),
-            mine["proved"],
-            theirs["rmse"].astype(float),
-            theirs["equations"],
+            results["own"]["rmse"].astype(float),
+            results["own"]["proved"],
+            errors,
+            results["foreign"]["equations"],
+            tail,
         )
     return found
 
 
-def _search_all(config, record, generator, shape, bank, found, calibrations, judging):
-    """Every image under every search until it is proved; suspects, and rows of other files."""
+def _decoded(config, record, generator, shape, found):
+    """Images that are to be searched for, and rows of all other files."""
     rejected = [_row(path, reason) for path, reason in found.rejected]
     decoded: list[tuple[str, str, np.ndarray]] = []
     for path in found.paths:
@@ -324,67 +379,102 @@ def _search_all(config, record, generator, shape, bank, found, calibrations, jud
             rejected.append(_row(path, str(reason)))
             continue
         decoded.append((path, hashlib.sha256(image.tobytes()).hexdigest(), image))
-    if config.attributor:
-        decoded, refused = _looked_at_first(config, record, shape, decoded)
+    if config.attributor and decoded:
+        decoded, refused = _looked_at_first(config, record, generator, shape, decoded)
         rejected += refused
-    suspects: list[Suspect] = []
-    for start in range(0, len(decoded), _BLOCK):
-        block = decoded[start : start + _BLOCK]
-        images = np.stack([image for _, _, image in block])
-        suspects += _search_block(
-            config, record, generator, bank, block, images, start, calibrations, judging
-        )
-    return suspects, rejected
+    return decoded, rejected
 
 
-def _search_block(config, record, generator, bank, block, images, start, calibrations, judging):
-    digest = hashlib.sha256("".join(sha for _, sha, _ in block).encode()).hexdigest()[:12]
-    best: list[tuple[tuple[int, float], Suspect] | None] = [None] * len(block)
-    for number, kind in enumerate(config.processing):
-        todo = np.array(
-            [i for i, b in enumerate(best) if b is None or b[1].row.verdict != "proved"]
-        )
-        if not len(todo):
-            break
-        text = f"images {start + 1} to {start + len(block)}" + (
-            f", {kind}" if kind != "none" else ""
-        )
-
-        def compute(todo=todo, kind=kind, number=number, text=text):
-            search_rng = rng(config, 4, number, start)
-            return search(config, record, generator, bank, images[todo], kind, search_rng, text)
-
-        result = record.stage(f"search-{kind}-{start}-{digest}", compute, text=text)
-        known = calibrations[kind]
-        judged = proof.judge(result["rmse"], result["proved"], known.own, known.foreign, judging)
-        rounding = proof.rounding_p_value(result["misfit"], result["equations"])
-        for place, index in enumerate(todo):
-            path, _, image = block[index]
-            verdict = str(judged.verdict[place])
-            latent = np.ascontiguousarray(result["latent"][place], np.float32)
-            words = [str(result["replayed"][place])] if result["replayed"][place] else []
-            if verdict == "proved" and kind == "none":
-                words.append(f"what is left is rounding: p = {rounding[place]:.2g}")
-            row = Row(
-                path,
-                verdict,
-                _number(result["rmse"][place]),
-                _number(result["largest"][place]),
-                _number(judged.p_value[place]),
-                _number(judged.foreign_probability[place]),
-                kind,
-                hashlib.sha256(latent.tobytes()).hexdigest(),
-                "; ".join(words),
+def _search_all(config, record, generator, bank, decoded, calibrations, judging, digest):
+    """Every image under every search until it is proved. Copies of an image are searched once."""
+    by_pixels = {sha: image for _, sha, image in decoded}
+    order = sorted(by_pixels)  # so that a new file moves no other into another block's randomness
+    best: dict[str, Suspect] = {}
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        best.update(
+            _search_block(
+                config, record, generator, bank, block, by_pixels, calibrations, judging, digest
             )
-            suspect = Suspect(row, image, result["processed"][place], latent)
-            rank = (_RANK.get(verdict, len(_RANK)), float(result["rmse"][place]))
-            held = best[index]
-            if held is None or rank < held[0]:
-                best[index] = (rank, suspect)
-    return [b[1] for b in best if b is not None]
+        )
+    return [best[sha]._replace(row=best[sha].row._replace(path=path)) for path, sha, _ in decoded]
 
 
-def _looked_at_first(config, record, shape, decoded):
+def _search_block(
+    config, record, generator, bank, block, by_pixels, calibrations, judging, digest
+) -> dict[str, "Suspect"]:
+    name = hashlib.sha256("".join(block).encode()).hexdigest()[:12]
+    best: dict[str, tuple[tuple[int, float], Suspect]] = {}
+    for number, kind in enumerate(config.processing):
+        todo = [sha for sha in block if sha not in best or best[sha][1].row.verdict != "proved"]
+        if not todo:
+            break
+        images = np.stack([by_pixels[sha] for sha in todo])
+        text = f"{len(todo)} suspects" + (f", {kind}" if kind != "none" else "")
+
+        def compute(images=images, kind=kind, number=number, text=text):
+            search_rng = rng(config, 4, number, int(name[:7], 16))
+            return search(config, record, generator, bank, images, kind, search_rng, text)
+
+        result = record.stage(f"search-{kind}-{name}-{digest}", compute, text=text)
+        for place, sha in enumerate(todo):
+            suspect = _judged(config, generator, calibrations[kind], judging, kind, result, place)
+            suspect = suspect._replace(image=by_pixels[sha])
+            error = suspect.row.rmse
+            rank = (
+                _RANK.get(suspect.row.verdict, len(_RANK)),
+                np.inf if error is None else error,
+            )
+            if sha not in best or rank < best[sha][0]:
+                best[sha] = (rank, suspect)
+    return {sha: suspect for sha, (_, suspect) in best.items()}
+
+
+def _judged(config, generator, known: Calibration, judging, kind: str, result, place: int):
+    """One image under one search; its path and pixels are filled in later."""
+    part = slice(place, place + 1)
+    unknowns = result["unknowns"][place]
+    determined = proof.is_determined(
+        result["equations"][part], generator.latent_dim + len(unknowns)
+    )
+    judged = proof.judge(
+        result["rmse"][part],
+        result["proved"][part],
+        known.own,
+        known.tail,
+        judging,
+        determined=determined,
+    )
+    verdict = str(judged.verdict[0])
+    latent = np.ascontiguousarray(result["latent"][place], np.float32)
+    replayed = str(result["replayed"][place])
+    words = [replayed] if replayed else []
+    if not determined[0]:
+        words.append(
+            f"{result['equations'][place]} pixels between black and white are too few for "
+            f"{generator.latent_dim + len(unknowns)} unknowns"
+        )
+    elif verdict == "proved" and kind == "none":
+        p_value = proof.rounding_p_value(result["misfit"][place], result["equations"][place])
+        words.append(f"that what is left is only rounding has p = {float(p_value):.2g}")
+    # Several searches are several chances of a coincidence.
+    chance = judged.foreign_probability[0] * len(config.processing)
+    row = Row(
+        "",
+        verdict,
+        _number(result["rmse"][place]),
+        _number(result["largest"][place]),
+        _number(judged.p_value[0]),
+        _number(np.minimum(chance, 1.0)),
+        kind,
+        hashlib.sha256(latent.tobytes()).hexdigest(),
+        "; ".join(words),
+    )
+    shown = (result["image"][place], result["processed"][place])
+    return Suspect(row, result["image"][place], *shown, latent, unknowns, replayed)
+
+
+def _looked_at_first(config, record, generator, shape, decoded):
     """Two stages: what the attributor calls not ours without a doubt is not searched."""
     attributor = bundle.load(config.attributor)
     if attributor.image_shape != shape:
@@ -392,17 +482,35 @@ def _looked_at_first(config, record, shape, decoded):
             f"--attributor={config.attributor} is for images {attributor.image_shape}, the "
             f"generator makes {shape}"
         )
+    if attributor.validity is None and config.processing != ("none",):
+        raise UsageError(
+            f"--attributor={config.attributor} cannot tell processed images, which it would call "
+            "not ours: leave it out, or --processing"
+        )
+
+    def refused_by(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores = attribution.score_with_info(attributor, images)
+        judged = attribution.decide(attributor, scores, config.fnr)
+        return (judged.verdict == "not_ours") & (
+            attribution.doubts(attributor, images) == ""
+        ), judged.p_value
+
+    own = regeneration.make_bank(generator, rng(config, 6), max(100, config.num_own)).images
+    share = float(refused_by(own)[0].mean())
+    if share > max(0.1, 5 * config.fnr):
+        raise UsageError(
+            f"--attributor={config.attributor} calls {share:.0%} of the generator's own images not "
+            "ours: it is another model's"
+        )
     left, refused = [], []
     size = attributor.config.batch_size
     with record.progress(len(decoded), f"attributing {len(decoded)} images") as bar:
         for start in range(0, len(decoded), size):
             part = decoded[start : start + size]
-            batch = np.stack([image for _, _, image in part])
-            judged = attribution.decide(attributor, attribution.score_with_info(attributor, batch))
-            doubts = attribution.doubts(attributor, batch)
+            wrong, p_values = refused_by(np.stack([image for _, _, image in part]))
             for i, entry in enumerate(part):
-                if judged.verdict[i] == "not_ours" and not doubts[i]:
-                    why = f"by the attributor (p = {judged.p_value[i]:.2g}); not searched"
+                if wrong[i]:
+                    why = f"by the attributor (p = {p_values[i]:.2g}); not searched"
                     refused.append(_row(entry[0], why, "not_ours"))
                 else:
                     left.append(entry)
@@ -431,7 +539,8 @@ def _write_rows(path: Path, rows: list[Row]) -> None:
     files.write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
-def _weights_sha256(generator: Generator) -> str:
+def weights_sha256(generator: Generator) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights, in the order of the pytree."""
     weights = generator.variables if isinstance(generator, TrainedGenerator) else generator.params
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
@@ -442,36 +551,41 @@ def _weights_sha256(generator: Generator) -> str:
 
 
 def _write_proofs(workdir: Path, suspects: list[Suspect], generator: Generator) -> None:
-    """Latents of what is proved or ours, and their images."""
+    """Latents and unknowns of what is proved or ours, and their images before and after
+    processing."""
     from safetensors.numpy import save
 
     kept = [s for s in suspects if s.row.verdict in ("proved", "ours")]
-    arrays = {
-        "latents": (
-            np.stack([s.latent for s in kept])
-            if kept
-            else np.zeros((0, generator.latent_dim), np.float32)
-        )
-    }
+    latents = [s.latent for s in kept] or [np.zeros((0, generator.latent_dim), np.float32)]
+    arrays = {"latents": np.stack(latents) if kept else latents[0]}
     listed = [
         {
             "path": s.row.path.encode("utf-8", "backslashreplace").decode(),
+            "verdict": s.row.verdict,
             "pixels_sha256": hashlib.sha256(s.image.tobytes()).hexdigest(),
             "latent_sha256": s.row.latent_sha256,
+            "processing": s.row.processing,
+            "unknowns": [float(u) for u in s.unknowns],
+            "replayed": s.replayed,
+            "file": f"{number:05d}.png",
         }
-        for s in kept
+        for number, s in enumerate(kept)
     ]
-    metadata = {"weights_sha256": _weights_sha256(generator), "images": json.dumps(listed)}
+    metadata = {"weights_sha256": weights_sha256(generator), "images": json.dumps(listed)}
+    for folder in ("regenerated", "processed"):  # what an earlier start left there
+        shutil.rmtree(workdir / folder, ignore_errors=True)
     files.write_atomically(workdir / "proofs.safetensors", save(arrays, metadata=metadata))
     if kept:
-        data.write_images(workdir / "regenerated", np.stack([s.regenerated for s in kept]))
+        data.write_images(workdir / "regenerated", np.stack([s.made for s in kept]))
+        if any(s.row.processing != "none" for s in kept):
+            data.write_images(workdir / "processed", np.stack([s.processed for s in kept]))
 
 
 def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[dict[str, Any]]:
     """Per search, what its verdicts rest on."""
     found = []
     for kind, known in calibrations.items():
-        tail = proof.foreign_tail(known.foreign, confidence=judging.confidence)
+        tail = known.tail
         proved = int(known.own_proved.sum())
         found.append(
             {
@@ -499,7 +613,7 @@ def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[di
 
 def _limit(tail: proof.ForeignTail, rate: float) -> float:
     """The error up to which an image is ours, see `proof`."""
-    limit = tail.edge * (rate / tail.share) ** (1 / tail.codimension_low)
+    limit = tail.edge * (rate / tail.share_high) ** (1 / tail.codimension_low)
     return float(min(limit, tail.smallest / 2)) if np.isfinite(limit) else 0.0
 
 
@@ -507,7 +621,7 @@ def _metrics(config, rows, calibrations, judging, generator) -> dict[str, Any]:
     counts = collections.Counter(row.verdict for row in rows)
     return {
         "generator": config.generator,
-        "weights_sha256": _weights_sha256(generator),
+        "weights_sha256": weights_sha256(generator),
         "num_files": len(rows),
         **{verdict: counts[verdict] for verdict in proof.VERDICTS},
         "rests_on": _rests_on(config, calibrations, judging, generator.latent_dim),
@@ -568,7 +682,9 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
     shown = order[: config.num_shown]
     cards = []
     for s in shown:
-        note = f"{s.row.rmse:.2f} levels, no pixel off by more than {s.row.largest:.0f}"
+        note = "no start made an image"
+        if s.row.rmse is not None:
+            note = f"{s.row.rmse:.2f} levels, no pixel off by more than {s.row.largest:.0f}"
         if s.row.processing != "none":
             note += f", after {s.row.processing}"
         note += f"; latent {s.row.latent_sha256[:12]}. {s.row.reason}"
@@ -580,7 +696,7 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
                 s.row.rmse,
                 s.row.p_value,
                 note,
-                _difference(s.image, s.regenerated),
+                _difference(s.image, s.processed),
                 "regenerated, and difference times 32",
             )
         )
@@ -604,30 +720,33 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
                 + (" The first 200." if len(others) > 200 else ""),
             )
         )
-    errors = {}
-    for kind, known in calibrations.items():
-        errors[f"own, {kind}"] = known.own
-        errors[f"foreign, {kind}"] = known.foreign
-    figure = report.histograms(errors, "error in grey levels")
-    report.save_figure(figure, record.figures / "errors.png")
-    first = results["rests_on"][0]
+    rests: list[Any] = ["Nothing was searched for."]
+    if calibrations:
+        errors = {}
+        for kind, known in calibrations.items():
+            errors[f"own, {kind}"] = known.own
+            errors[f"foreign, {kind}"] = known.foreign
+        figure = report.histograms(errors, "error in grey levels")
+        report.save_figure(figure, record.figures / "errors.png")
+        rests = [
+            table(results),
+            report.Picture(figure, "Errors of own and of foreign images under every search."),
+            *_tail_text(results["rests_on"][0]),
+        ]
     sections = [
-        report.Section("Verdicts", [report.KeyNumbers(numbers), *_reading(config, first)]),
-        report.Section("Images", searched),
         report.Section(
-            "What a verdict rests on",
-            [
-                table(results),
-                report.Picture(figure, "Errors of own and of foreign images under every search."),
-                *_tail_text(first),
-            ],
+            "Verdicts", [report.KeyNumbers(numbers), *_reading(config, results["rests_on"])]
         ),
+        report.Section("Images", searched),
+        report.Section("What a verdict rests on", rests),
         report.Section(
             "To repeat a proof",
             [
-                "proofs.safetensors holds the latents of what is proved or ours. With the weights "
-                f"(SHA-256 of all of them: {results['weights_sha256']}), the generator makes each "
-                "image again: flipad_jax.detection.regeneration.make_images(generator, latents).",
+                "proofs.safetensors holds the latents of what is proved or ours, and in its "
+                "metadata which image each is of and what was done to it. With the weights "
+                f"(SHA-256: {results['weights_sha256']}) the generator makes the image again, "
+                "before any processing: "
+                "flipad_jax.detection.regeneration.make_images(generator, latents).",
                 report.Table(
                     ["setting", "value"],
                     [
@@ -647,16 +766,21 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
     )
 
 
-def _reading(config: Config, first: dict[str, Any]) -> list[str]:
+def _reading(config: Config, rests_on: list[dict[str, Any]]) -> list[str]:
     return [
-        "Proved: a latent makes the image again, no pixel off by more than one grey level. Ours: "
+        "Proved: a latent makes the image again, to half a grey level, and no pixel off by more "
+        "than one. Ours: "
         "at most half as far as the nearest foreign image, and nearer than a share of "
         f"{config.foreign_rate:g} of them is expected to come. Not ours: as far away as foreign "
         f"images, and further than all but {config.fnr:.0%} of own ones; an own image that was "
-        "processed otherwise than --processing assumes can look like that. Cannot be judged: "
-        "between the two, or no image of this size.",
-        f"Of {first['num_own']} fresh own images ({first['calibrated_at']}) "
-        f"{first['share_proved']:.0%} were regenerated.",
+        "processed otherwise, or more strongly, than the searches were calibrated for can look "
+        "like that. Cannot be judged: between the two, too little between black and white, or no "
+        "image of this size.",
+        *(
+            f"Of {row['num_own']} fresh own images ({row['calibrated_at']}) "
+            f"{row['share_proved']:.0%} were regenerated."
+            for row in rests_on
+        ),
     ]
 
 

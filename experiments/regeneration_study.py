@@ -74,14 +74,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """All models, sources and kinds of processing."""
     check_once(config, "models", "sources", "processing")
+    names = [Path(name).stem for name in config.models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--models: two are called alike: {', '.join(names)}")
     if config.others and len(config.others) != len(config.models):
         raise ValueError(f"--others has {len(config.others)} names, --models {len(config.models)}")
     results: dict[str, Any] = {"models": {}}
     errors: dict[str, np.ndarray] = {}
     for number, name in enumerate(config.models):
         generator, entry = prove.load_generator(name)
-        if not isinstance(generator, TrainedGenerator):
-            raise ValueError(f"--models={name}: expected a generator of this library")
+        if not isinstance(generator, TrainedGenerator) or "dataset" not in entry:
+            raise ValueError(
+                f"--models={name}: expected a generator of the zoo or a file of train_generator, "
+                "which say what they were trained on"
+            )
         sources = _sources(config, record, number, generator, entry)
         bank = None
         if config.bank:
@@ -90,8 +96,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         for kind_number, kind in enumerate(config.processing):
             found, seconds = {}, {}
             for source_number, (source, images) in enumerate(sources.items()):
-                search_rng = prove.rng(config, 3, number, kind_number, source_number)
-                treated = prove.processed(kind, images, jax.random.fold_in(search_rng, 0))
+                place = (number, kind_number, source_number)
+                search_rng = prove.rng(config, 3, *place)
+                treated = prove.processed(kind, images, prove.rng(config, 2, *place))
                 text = f"{Path(name).stem}, {_SHOWN[source]}" + (
                     "" if kind == "none" else f", {kind}"
                 )
@@ -199,7 +206,8 @@ def _described(config: Config, found, seconds, latent_dim: int) -> dict[str, Any
         }
         if source != "own":
             by_source[source]["accuracy"] = metrics.pair_accuracy(errors[half:], e, threshold)
-    foreign = [source for source in found if source != "own"]
+    # Siblings and strangers; copies of our own model that were changed are neither.
+    foreign = [s for s in ("real", "other_seed") if s in found] or [s for s in found if s != "own"]
     every = np.concatenate([found[source]["rmse"] for source in foreign]).astype(float)
     tail = proof.foreign_tail(every)
     counted = np.concatenate([found[source]["equations"] for source in foreign])
@@ -216,8 +224,15 @@ def _described(config: Config, found, seconds, latent_dim: int) -> dict[str, Any
         "codimension": tail.codimension,
         "codimension_low": tail.codimension_low,
         "counted_codimension": float(np.median(proof.counted_codimension(counted, latent_dim))),
+        "rounding_refused": _share_below(
+            proof.rounding_p_value(own["misfit"], own["equations"])[own["proved"]], 0.05
+        ),
         "probability_at_half_a_level": float(proof.foreign_probability(tail, 0.5)),
     }
+
+
+def _share_below(p_values: np.ndarray, level: float) -> float | None:
+    return float(np.mean(p_values < level)) if len(p_values) else None
 
 
 def tables(results: dict[str, Any]) -> list[report.Table]:

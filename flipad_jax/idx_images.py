@@ -20,6 +20,7 @@ __all__ = ["is_folder", "load"]
 
 _FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _MAGIC = 0x00000803  # unsigned bytes, three dimensions
+_MOST_BYTES = 2**34
 
 
 def _find(folder: str | os.PathLike, which: str) -> str | None:
@@ -95,17 +96,20 @@ def _read(path: str) -> np.ndarray:
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rb") as file:
-            header = np.frombuffer(file.read(16), ">u4")
-            if len(header) < 4 or header[0] != _MAGIC:
+            header = file.read(16)
+            if len(header) < 16 or int.from_bytes(header[:4]) != _MAGIC:
                 raise ValueError(f"{path} is no IDX file of 8-bit images")
-            count, height, width = map(int, header[1:])
+            count, height, width = (int.from_bytes(header[i : i + 4]) for i in (4, 8, 12))
+            promised = count * height * width
+            if not 0 < promised <= _MOST_BYTES:
+                raise ValueError(f"{path} promises {count} images of {height} x {width}")
             # One byte more than promised would show that the header is not of this file.
-            content = file.read(count * height * width + 1)
+            content = file.read(promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if len(content) != count * height * width or not content:
+    if len(content) != promised:
         raise ValueError(
             f"{path} promises {count} images of {height} x {width} and has "
-            f"{'more' if len(content) > count * height * width else 'fewer'} bytes"
+            f"{'more' if len(content) > promised else 'fewer'} bytes"
         )
     return np.frombuffer(content, np.uint8).reshape(count, height, width)

@@ -61,7 +61,8 @@ def test_mistakes_are_named(folder, tmp_path):
         ({"magic": 0x801}, "no IDX file"),
         ({"count": 4}, "fewer bytes"),
         ({"count": 2}, "more bytes"),
-        ({"count": 0}, "more bytes"),
+        ({"count": 0}, "promises 0 images"),
+        ({"count": 2**32 - 1}, "promises"),
     ):
         write(file, images, **options)
         with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def test_blur_is_scipys(std, radius, shape):
 
 def test_blur_takes_any_symmetric_window():
     rng = np.random.default_rng(1)
-    images, weights = rng.uniform(0, 255, (2, 11, 9, 1)), rng.normal(size=4)
+    images, weights = rng.uniform(0, 255, (2, 11, 9, 1)), rng.uniform(-0.1, 0.5, 4)
     taps = np.concatenate([weights[::-1], [1 - 2 * weights.sum()], weights])
     expected = ndimage.correlate1d(images, taps, axis=1, mode="mirror")
     expected = ndimage.correlate1d(expected, taps, axis=2, mode="mirror")
@@ -93,6 +93,16 @@ def test_crop_knows_where_the_middle_lies():
     unknowns = (10 * 10 / 32, top - 5, left - 5)
     found = applied("crop", image[None, :, :, None], unknowns)[0, :, :, 0]
     np.testing.assert_allclose(found, expected, atol=2e-2)
+
+
+def test_unknowns_have_bounds():
+    """Beyond them a plain image would be an own one, made dark or cropped to a pixel."""
+    for name, beyond, bound in (
+        ("brightness", (0.0, 2.0), (0.5, 0.5)),
+        ("crop", (9.5, 0.0, 0.0), (5.0, 0.0, 0.0)),
+        ("blur", (0.9, 0.0, 0.0, -0.9), (0.5, 0.0, 0.0, -0.1)),
+    ):
+        np.testing.assert_array_equal(applied(name, PHOTOS, beyond), applied(name, PHOTOS, bound))
 
 
 def test_brightness_is_a_gain_and_an_offset_of_levels():

@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_model
@@ -143,3 +144,64 @@ def test_mistakes_are_named(folders, tmp_path, capsys, flags, words):
     images = (f"--images={folders[0] / 'suspects'}",) if flags else ()
     assert run(tmp_path / "run", *flags, *images) == 2
     assert words in capsys.readouterr().err
+
+
+FLAGS = ("--generator=toy_model:latent_generator", "--num_own=60", "--num_foreign=40")
+
+
+def test_a_plain_image_is_no_proof(folders, tmp_path):
+    """Black and white have no equation, and any generator of high contrast comes near them."""
+    root, _ = folders
+    plain = np.stack([np.full((8, 8, 3), level, np.uint8) for level in (0, 255)])
+    data.write_images(tmp_path / "plain", plain)
+    flags = (f"--images={tmp_path / 'plain'}", f"--foreign={root / 'foreign'}")
+    assert run(tmp_path / "run", *FLAGS, *flags, "--processing=none,brightness,crop") == 0
+    rows = rows_of(tmp_path / "run" / "verdicts.csv").values()
+    assert {row["verdict"] for row in rows} == {"cannot_judge"}
+    assert all("too few" in row["reason"] for row in rows)
+
+
+def test_other_weights_are_searched_anew(folders, tmp_path, monkeypatch):
+    """The same command with another model in the file: no latent of the old one is stamped."""
+    root, own = folders
+    data.write_images(tmp_path / "own", own)
+    flags = (*FLAGS, f"--images={tmp_path / 'own'}", f"--foreign={root / 'foreign'}")
+    assert run(tmp_path / "run", *flags) == 0
+    assert {row["verdict"] for row in rows_of(tmp_path / "run" / "verdicts.csv").values()} == {
+        "proved"
+    }
+    changed = toy_model.latent_generator()
+    changed = changed.replace(params={"mixing": jnp.roll(changed.params["mixing"], 1, 1)})
+    monkeypatch.setattr(toy_model, "latent_generator", lambda: changed)
+    assert run(tmp_path / "run", *flags) == 0
+    rows = rows_of(tmp_path / "run" / "verdicts.csv").values()
+    assert "proved" not in {row["verdict"] for row in rows}
+    assert not (tmp_path / "run" / "regenerated").exists()
+
+
+def test_copies_are_searched_once_and_new_files_move_nothing(folders, tmp_path, monkeypatch):
+    root, own = folders
+    data.write_images(tmp_path / "images", np.stack([own[0], own[0]]))
+    flags = (*FLAGS, f"--images={tmp_path / 'images'}", f"--foreign={root / 'foreign'}")
+    searched = []
+    real = regeneration.regenerate
+
+    def counting(generator, images, *args, **kwargs):
+        searched.append(len(images))
+        return real(generator, images, *args, **kwargs)
+
+    monkeypatch.setattr(regeneration, "regenerate", counting)
+    assert run(tmp_path / "run", *flags) == 0
+    assert searched == [60, 40, 1]
+    rows = rows_of(tmp_path / "run" / "verdicts.csv")
+    one, two = rows["00000.png"], rows["00001.png"]
+    assert {**one, "path": ""} == {**two, "path": ""} and one["verdict"] == "proved"
+
+
+def test_foreign_images_that_are_ours_stop_the_run(folders, tmp_path, capsys):
+    root, own = folders
+    data.write_images(tmp_path / "mixed", np.concatenate([own, own[::-1] // 2]))
+    flags = (*FLAGS, f"--images={root / 'suspects'}", f"--foreign={tmp_path / 'mixed'}")
+    assert run(tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert "3 of 6 foreign images are regenerated" in said and "40 were wanted" in said

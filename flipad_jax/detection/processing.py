@@ -17,6 +17,9 @@ blur       any symmetric window up to 9 x 9 that is the same       four weights
 crop       part of the image, stretched back bilinearly            its side and its place
 brightness levels times a gain plus an offset, clipped             both
 ========== ======================================================= =================================
+
+Unknowns have bounds (a gain of 0.5 to 2, an offset of a quarter of the scale, at most half of a
+side lost): without them any plain image is an own one, made very dark or cropped to a pixel.
 """
 
 import dataclasses
@@ -100,6 +103,7 @@ def _shifts(side: int) -> np.ndarray:
 
 
 def _blur(images: jax.Array, weights: jax.Array) -> jax.Array:
+    weights = jnp.clip(weights, -0.1, 0.5)
     matrices = [
         jnp.eye(side, dtype=images.dtype) * (1 - 2 * weights.sum())
         + jnp.einsum("k,kij->ij", weights, _shifts(side), precision=_HIGHEST)
@@ -116,8 +120,9 @@ def _gaussian(std: float) -> tuple[float, ...]:
 def _crop(images: jax.Array, unknowns: jax.Array) -> jax.Array:
     """Tenths of a side that are lost, and where the middle of the rest lies, in pixels."""
     matrices = []
+    lost = jnp.clip(unknowns[0], 0, 5)
     for side, shift in zip(images.shape[1:3], unknowns[1:]):
-        kept = side * (1 - unknowns[0] / 10)
+        kept = side * (1 - lost / 10)
         start = (side - kept) / 2 + shift
         pixels = jnp.arange(side, dtype=images.dtype)
         place = start + (pixels + 0.5) * kept / side - 0.5
@@ -127,7 +132,8 @@ def _crop(images: jax.Array, unknowns: jax.Array) -> jax.Array:
 
 
 def _brightness(images: jax.Array, unknowns: jax.Array) -> jax.Array:
-    return (images + 1) * unknowns[0] + unknowns[1] - 1
+    gain, offset = jnp.clip(unknowns[0], 0.5, 2), jnp.clip(unknowns[1], -0.5, 0.5)
+    return (images + 1) * gain + offset - 1
 
 
 def _jpeg(images: jax.Array, unknowns: jax.Array) -> jax.Array:

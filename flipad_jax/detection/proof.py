@@ -3,24 +3,25 @@
 `regenerate` finds the latent whose image is nearest to a suspect one. This module says what that
 is worth. Errors are root mean square errors in grey levels.
 
-*   **proved**: no pixel of the regenerated image is off by more than one level. Latent, image and
-    difference are the proof; whoever has the weights can repeat it.
+*   **proved**: the regenerated image is off by at most half a level, and in no pixel by more than
+    one. Latent, image and difference are the proof; whoever has the weights can repeat it.
 *   **ours**: the image is not repeated to the last level, but the error is at most half of the
     smallest that any foreign image had, and so small that a foreign image comes as near with a
     probability of at most `ProofConfig.foreign_rate`, by the *upper* end of its interval.
 *   **not_ours**: it is as far away as foreign images are, and further than all but the share `fnr`
     of own images that were searched for in the same way (a conformal p-value). It says: not ours
     *and processed as the search assumes*. An own image that was processed otherwise can end here.
-*   **cannot_judge**: between the two.
+*   **cannot_judge**: between the two; or the image has fewer than two equations (pixels that are
+    neither at level 0 nor 255) per unknown: a plain white image proves nothing.
 
 How likely a foreign image is to come near is estimated twice. *Empirically*: errors e of foreign
 images have near their lower end P(e < t) = q (t / u)^alpha, since the images within t of a set of
 images fill a volume that grows like a power of t. The k smallest errors below u give alpha, the
 codimension that foreign images see, by Hill's estimator; k alpha / alpha_hat is Gamma(k)
-distributed, which gives its interval. *By counting*: d unknowns cannot satisfy n > d equations,
-unless by luck; alpha would be n - d if foreign images were spread over all directions alike. They
-are not, so that number is an upper end, not an estimate; it is printed beside the other. Neither
-says anything about images that somebody *made* to come near.
+distributed, which gives its interval, and q has that of a binomial rate. *By counting*: d unknowns
+cannot satisfy n > d equations, unless by luck; alpha would be n - d if foreign images were spread
+over all directions alike. They are not, so that number is an upper end, not an estimate; it is
+printed beside the other. Neither says anything about images that somebody *made* to come near.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ __all__ = [
     "counted_codimension",
     "foreign_probability",
     "foreign_tail",
+    "is_determined",
     "judge",
     "rounding_p_value",
 ]
@@ -73,6 +75,7 @@ class ForeignTail(NamedTuple):
     Attributes:
       edge: u, below which the power law is taken to hold; NaN if there are too few errors.
       share: q, of the errors below u.
+      share_high: upper end of its interval.
       codimension: alpha, by Hill's estimator.
       codimension_low: lower end of its interval.
       smallest: of all errors.
@@ -81,6 +84,7 @@ class ForeignTail(NamedTuple):
 
     edge: float
     share: float
+    share_high: float
     codimension: float
     codimension_low: float
     smallest: float
@@ -95,7 +99,7 @@ def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail
 
     Args:
       errors: `[n]` positive, finite; of foreign images under the same search.
-      confidence: of the lower end of alpha, one-sided.
+      confidence: of the lower end of alpha and the upper end of q together.
     Raises:
       ValueError: for errors that are not positive and finite, or none.
     """
@@ -106,11 +110,18 @@ def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail
         raise ValueError(f"foreign errors must be positive and finite, [n]; got {errors!r}")
     k = max(_SMALLEST_TAIL, len(errors) // 10)
     if len(errors) <= k or errors[k] <= errors[0]:
-        return ForeignTail(math.nan, math.nan, math.nan, math.nan, errors[0], len(errors))
+        nothing = math.nan
+        return ForeignTail(
+            nothing, nothing, nothing, nothing, nothing, float(errors[0]), len(errors)
+        )
     edge = errors[k]
     alpha = 1 / float(np.mean(np.log(edge / errors[:k])))
-    low = alpha * scipy.stats.gamma.ppf(1 - confidence, k) / k
-    return ForeignTail(float(edge), k / len(errors), alpha, float(low), errors[0], len(errors))
+    half = (1 - confidence) / 2  # of the error for each of the two
+    low = alpha * scipy.stats.gamma.ppf(half, k) / k
+    high = scipy.stats.beta.ppf(1 - half, k + 1, len(errors) - k)
+    return ForeignTail(
+        float(edge), k / len(errors), float(high), alpha, float(low), errors[0], len(errors)
+    )
 
 
 def foreign_probability(tail: ForeignTail, error: np.ndarray | float) -> np.ndarray:
@@ -120,27 +131,28 @@ def foreign_probability(tail: ForeignTail, error: np.ndarray | float) -> np.ndar
       tail: from `foreign_tail`.
       error: `[...]`.
     Returns:
-      `[...]` in [0, 1]; the power law with the lower end of alpha below `tail.edge`, 1 above it and
-      where there is no tail.
+      `[...]` in [0, 1]; the power law with the lower end of alpha and the upper end of q below
+      `tail.edge`, 1 above it and where there is no tail.
     """
     error = np.asarray(error, np.float64)
     if math.isnan(tail.edge):
         return np.ones(error.shape)
-    inside = tail.share * (np.minimum(error, tail.edge) / tail.edge) ** tail.codimension_low
+    inside = tail.share_high * (np.minimum(error, tail.edge) / tail.edge) ** tail.codimension_low
     return np.where(error < tail.edge, inside, 1.0)
 
 
-def counted_codimension(equations: np.ndarray, latent_dim: int) -> np.ndarray:
+def counted_codimension(equations: np.ndarray, num_unknowns: int) -> np.ndarray:
     """n - d, at least 0: see the module docstring."""
-    return np.maximum(np.asarray(equations) - latent_dim, 0)
+    return np.maximum(np.asarray(equations) - num_unknowns, 0)
 
 
 def rounding_p_value(misfit: np.ndarray, equations: np.ndarray) -> np.ndarray:
     """P-value of "ours and untouched": is what is left no more than rounding?
 
     Under it r is uniform in +-1/2 for each of n pixels that are not cut off, so the mean of r^2 has
-    mean 1/12 and variance 1 / (180 n). A latent that was fitted makes r smaller, not larger, so an
-    image of ours is refused no more often than the p-value says.
+    mean 1/12 and variance 1 / (180 n). A latent that is a least-squares solution makes r smaller,
+    not larger, so an image of ours is refused no more often than the p-value says; `regenerate`
+    goes on for some steps after it has succeeded, so that its latents nearly are.
 
     Args:
       misfit: `[...]` mean of r^2 (`Regenerated.misfit`).
@@ -174,8 +186,10 @@ def judge(
     errors: np.ndarray,
     proved: np.ndarray,
     own_errors: np.ndarray,
-    foreign_errors: np.ndarray,
+    tail: ForeignTail,
     config: ProofConfig = ProofConfig(),
+    *,
+    determined: np.ndarray | None = None,
 ) -> Judgement:
     """Verdicts of the module docstring.
 
@@ -183,19 +197,28 @@ def judge(
       errors: `[n]` of the suspect images; one that is not finite is no verdict.
       proved: `[n]` bool, `Regenerated.proved`.
       own_errors: `[m]` of own images that were processed as the search assumes.
-      foreign_errors: `[k]` of foreign images.
+      tail: of foreign images, from `foreign_tail`.
       config: settings.
+      determined: `[n]` bool, from `is_determined`; all by default.
     Raises:
-      ValueError: for own or foreign errors that are missing or not finite.
+      ValueError: for own errors that are missing or not finite.
     """
     errors = np.asarray(errors, np.float64)
-    tail = foreign_tail(foreign_errors, confidence=config.confidence)
     p_value = calibration.conformal_p_values(own_errors, errors)
     probability = np.where(np.isfinite(errors), foreign_probability(tail, errors), np.nan)
     with np.errstate(invalid="ignore"):
         near = (probability <= config.foreign_rate) & (errors <= tail.smallest / 2)
         far = (p_value <= config.fnr) & (errors >= tail.smallest)
     verdict = np.where(
-        proved, "proved", np.where(near, "ours", np.where(far, "not_ours", "cannot_judge"))
+        np.asarray(proved, bool),
+        "proved",
+        np.where(near, "ours", np.where(far, "not_ours", "cannot_judge")),
     )
+    if determined is not None:
+        verdict = np.where(determined, verdict, "cannot_judge")
     return Judgement(verdict, p_value, probability)
+
+
+def is_determined(equations: np.ndarray, num_unknowns: int) -> np.ndarray:
+    """Whether images say enough about as many unknowns: two equations for each."""
+    return np.asarray(equations) >= 2 * num_unknowns

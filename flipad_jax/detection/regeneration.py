@@ -503,10 +503,30 @@ def regenerate(
     )
     model = (generator, processing)
     _search(model, images, start_at, config, best, progress)
+    _polish(model, images, config, best)
     _describe(model, images, config, best)
     if processing is not None and processing.codec is not None:
         return _through_codec(generator, processing, images, config, best)
     return best
+
+
+_POLISH_STEPS = 10
+
+
+def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: Regenerated):
+    """A few more steps for what is proved: a search stops when it has succeeded, and what is left
+    is then more than rounding."""
+    config = dataclasses.replace(config, damping=1e-3, prior=0.0, targets=False)
+    size = best.latent.shape[1]
+    for index in np.flatnonzero(best.proved):
+        image = jnp.asarray(images[index : index + 1], jnp.float32)
+        z = np.concatenate([best.latent[index], best.unknowns[index]])[None]
+        states = jax.vmap(functools.partial(init, config=config))(jnp.asarray(z))
+        for _ in range(_POLISH_STEPS):
+            states, rmse, largest = _update_all(model, image, states, config)
+        if _is_proved(float(rmse[0]), float(largest[0]), config):
+            found = np.asarray(states.z[0])
+            best.latent[index], best.unknowns[index] = np.split(found, [size])
 
 
 def _describe(
@@ -544,7 +564,10 @@ def _through_codec(generator, processing, images: np.ndarray, config, first: Reg
         unknowns=np.zeros((count, width), np.float32),
         rmse=np.full(count, np.inf, np.float32),
         largest=np.full(count, np.inf, np.float32),
+        misfit=first.misfit.copy(),
+        equations=first.equations.copy(),
         proved=np.zeros(count, bool),
+        starts=first.starts.copy(),  # the guesses are no starts
     )
     if not count:
         return best
@@ -556,9 +579,16 @@ def _through_codec(generator, processing, images: np.ndarray, config, first: Reg
     # Without the guesses: it is part of what is compiled.
     model = (generator, Processing(processing.name, codec.apply, ((0.0,) * width,), enough=0.0))
     _search(model, images, start_at, config, best, None)
+    best = best._replace(starts=first.starts)
     _describe(model, images, config, best)
     words = []
     for index, image in enumerate(images):
+        if first.proved[index]:  # it was not compressed after all
+            for mine, theirs in zip(best[:-1], first[:-1]):
+                if mine.shape == theirs.shape:
+                    mine[index] = theirs[index]
+            words.append("not compressed")
+            continue
         best.processed[index], what = codec.replay(best.image[index], best.unknowns[index])
         errors = best.processed[index].astype(np.float64) - image
         best.rmse[index] = np.sqrt(np.square(errors).mean())
@@ -615,7 +645,13 @@ def check_generator(generator: TrainedGenerator | LatentGenerator) -> tuple[int,
     )
     z = z.at[-1].set(0)
     if isinstance(generator, LatentGenerator):
-        made = jax.eval_shape(generator.apply, generator.params, z[:1])
+        try:
+            made = jax.eval_shape(generator.apply, generator.params, z[:1])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the generator takes no latents [1, {generator.latent_dim}]: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         shape: tuple[int, ...] = getattr(made, "shape", ())
         if len(shape) != 4 or shape[0] != 1:
             raise ValueError(
@@ -633,6 +669,11 @@ def check_generator(generator: TrainedGenerator | LatentGenerator) -> tuple[int,
         ) from error
     if not (np.isfinite(images[:-1]).all() and np.isfinite(slopes[:-1]).all()):
         raise ValueError("the generator makes numbers that are not finite, or its derivatives are")
+    if np.abs(images[:-1]).max() > 2:
+        raise ValueError(
+            f"the generator makes numbers from {images[:-1].min():.3g} to {images[:-1].max():.3g}, "
+            "expected images in [-1, 1]"
+        )
     if not np.nan_to_num(slopes).any():
         raise ValueError(
             f"the generator is not differentiable in its latent: its derivative is zero at all of "
@@ -691,11 +732,14 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
             index = pair[0]
             left[place] -= 1
             best.iterations[index] += 1
-            if rmse[place] < best.rmse[index]:
+            done = _is_proved(rmse[place], largest[place], config)
+            # A proof is kept, and nothing takes its place that is none.
+            if done > best.proved[index] or (
+                done == best.proved[index] and rmse[place] < best.rmse[index]
+            ):
                 z = np.asarray(states.z) if z is None else z
                 best.latent[index], best.unknowns[index] = np.split(z[place], [size])
                 best.rmse[index], best.largest[index] = rmse[place], largest[place]
-            done = _is_proved(rmse[place], largest[place], config)
             best.proved[index] |= done
             given_up = not in_targets[place] and stuck[place] >= config.patience
             if done or left[place] == 0 or given_up:

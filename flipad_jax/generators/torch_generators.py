@@ -55,6 +55,11 @@ def from_arrays(
             f"and {len(modules) - known} other layers are no DCGAN, WGAN-GP, EBGAN or LSGAN "
             f"generator{_found(arrays)}"
         )
+    norms = [dict(norm) for norm in norms]
+    kernels = [dict(kernel) for kernel in kernels]
+    for kernel, norm in zip(kernels, norms):
+        if "bias" in kernel:  # before a normalisation it is a shift of the mean, and ours have none
+            norm["running_mean"] = norm["running_mean"] - kernel.pop("bias")
     entry, flat = (_lsgan if linear else _dcgan)(kernels, linear, arrays)
     for index, norm in enumerate(norms):
         for ours, theirs in (
