@@ -97,7 +97,9 @@ class Config:
     num_foreign: int = setting(100, "Foreign images that it is tried on.", lower_bound=1)
     num_starts: int = setting(4, "Starts per image, at most.", lower_bound=1)
     bank: int = setting(
-        0, "Own images with known latents to start from; 0: zero and random latents.", lower_bound=0
+        8192,
+        "Own images with known latents to start from; 0: zero and random latents only.",
+        lower_bound=0,
     )
     places: int = setting(
         0, "Searches at once, for speed only; 0: one on a CPU, 16 elsewhere.", lower_bound=0
@@ -113,7 +115,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"num_own": 10, "num_foreign": 14, "num_shown": 20, "num_starts": 2},
+    "smoke": {"num_own": 10, "num_foreign": 14, "num_shown": 20, "num_starts": 2, "bank": 500},
     "demo": {},
 }
 CHANGEABLE = ("output", "fnr", "foreign_rate", "num_shown")

@@ -53,7 +53,7 @@ class Config:
     num_images: int = setting(50, "Images of every source.", lower_bound=4)
     trained_on_steps: int = setting(200, "Updates by which our model is trained on.", lower_bound=1)
     num_starts: int = setting(4, "Starts per image, at most.", lower_bound=1)
-    bank: int = setting(0, "Own images with known latents to start from.", lower_bound=0)
+    bank: int = setting(8192, "Own images with known latents to start from.", lower_bound=0)
     places: int = setting(0, "Searches at once; 0: one on a CPU, 16 elsewhere.", lower_bound=0)
     seed: int = setting(0, "Latents and starts are drawn from it.", lower_bound=0)
 
@@ -64,6 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sources": ("real",),
         "num_images": 6,
         "num_starts": 2,
+        "bank": 500,
         "trained_on_steps": 2,
     },
     "demo": {},
