@@ -55,7 +55,7 @@ _BLOCK = 32  # images per stage: what a kill can cost
 _GAIN = 0.9
 # How strongly own and foreign images are processed to calibrate a search.
 CALIBRATED_AT = {
-    "none": "none",
+    "none": "untouched",
     "noise": "noise-0.05",
     "jpeg": "jpeg-90",
     "blur": "blur-3",
@@ -254,6 +254,8 @@ def rng(config: Any, *path: int) -> jax.Array:
 
 def processed(name: str, images: np.ndarray, rng: jax.Array) -> np.ndarray:
     """Images as the search of that name is calibrated on."""
+    if name == "none":
+        return images
     if name == "brightness":
         return np.clip(np.round(images * _GAIN), 0, 255).astype(np.uint8)
     return perturbations.apply(CALIBRATED_AT[name], images, rng)
