@@ -205,3 +205,32 @@ def test_foreign_images_that_are_ours_stop_the_run(folders, tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 2
     said = capsys.readouterr().err
     assert "3 of 6 foreign images are regenerated" in said and "40 were wanted" in said
+
+
+@pytest.mark.slow
+def test_the_study_counts_what_its_searches_found(tmp_path):
+    flags = (
+        "--experiment=regeneration_study",
+        "--preset=smoke",
+        "--sources=real,trained_on",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert _config.main(["run.py", *flags]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["models"]
+    found = results["digits_dcgan_0"]["none"]
+    with np.load(tmp_path / "run" / "stages" / "searched-0-none-own.npz") as own:
+        assert found["proved"] == own["proved"].mean() >= 0.5
+        assert found["proved_by_starts"] == [
+            (own["proved"] & (own["starts"] <= count)).mean() for count in (1, 2)
+        ]
+        threshold = own["rmse"][:3].max()
+        accepted = (own["rmse"][3:] <= threshold).mean()
+    for source in ("real", "trained_on"):
+        with np.load(tmp_path / "run" / "stages" / f"searched-0-none-{source}.npz") as other:
+            rejected = (other["rmse"] > threshold).mean()
+            assert found["sources"][source]["proved"] == 0
+            assert found["sources"][source]["smallest"] == pytest.approx(other["rmse"].min())
+        accuracy = found["sources"][source]["accuracy"]
+        assert accuracy == pytest.approx((accepted + rejected) / 2)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "own, trained on" in page
