@@ -47,6 +47,14 @@ def test_small_pictures_keep_every_pixel_and_are_enlarged_by_a_whole_factor(shap
     assert ("img", "class", "pixels") in parser.attributes
 
 
+def test_an_overlay_of_the_images_own_height_stands_at_its_scale():
+    """Two pictures side by side, as the page about proofs has them."""
+    block = report.Gallery([card(image=noise(32, 32, 1), overlay=noise(32, 66, 3))], "c")
+    parser = parse(page(block))
+    sizes = [v for t, n, v in parser.attributes if t == "img" and n in ("width", "height")]
+    assert sizes == ["128", "128", "264", "128"]
+
+
 def test_large_pictures_are_shrunk_by_block_means_and_say_so():
     image = noise(300, 600, 3)
     text = page(report.Gallery([card(image=image)], "c"))

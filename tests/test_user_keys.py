@@ -147,9 +147,13 @@ def test_mistakes_are_named(keys):
         user_keys.sequential(rng, REAL[:, :5], GENERATED[:, :5], 1, earlier=keys)
     with pytest.raises(ValueError, match="right angles"):
         user_keys.joint(rng, REAL, GENERATED, 1, earlier=keys, cosine=0.5)
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        config = KeyConfig(num_steps=50, batch_size=32, learning_rate=3.0)
-        user_keys.joint(rng, REAL, GENERATED, 20, config=config)
+
+
+def test_no_learning_rate_and_no_number_of_keys_loses_the_right_angles():
+    """Steps are bounded: 600 keys of 32 x 32 at the default rate would run away without that."""
+    config = KeyConfig(num_steps=50, batch_size=32, learning_rate=3.0)
+    keys = user_keys.joint(jax.random.key(0), REAL, GENERATED, 34, config=config).reshape(34, -1)
+    np.testing.assert_allclose(keys @ keys.T, np.eye(34), atol=1e-6)
 
 
 @pytest.mark.parametrize("find", [user_keys.sequential, user_keys.joint])

@@ -33,6 +33,7 @@ Images are `[n, ...]` uint8 or float32 in [-1, 1]; keys are float32 in the shape
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class KeyConfig:
     Attributes:
       num_steps: of Adam, for every key (`sequential`) or for all together (`joint`).
       batch_size: images per step, half real and half generated.
-      learning_rate: of Adam; betas (0.9, 0.99), [P2] Table 3.
+      learning_rate: of Adam; betas (0.9, 0.99), [P2] Table 3. Of `joint` at most 1 / sqrt(N D)
+        for N keys of D numbers.
       margin: of the hinge, in units of phi^T x; the paper's 1.
       excess: weight of max(-phi^T x - 2 margin, 0), which the paper does not have: responses
         further from zero than compliance needs make d_max, and with it every shift, longer than it
@@ -346,6 +348,10 @@ def joint(
         mixing = np.concatenate(
             [np.full((num_keys, 1), np.sqrt(cosine)), np.sqrt(1 - cosine) * mixing], axis=1
         )
+    # A step of Adam moves every entry by up to the learning rate, the matrix of keys by up to that
+    # times the root of its size: beyond 1 the polar decomposition no longer finds its way back.
+    longest = 1 / math.sqrt(rank * size)
+    config = dataclasses.replace(config, learning_rate=min(config.learning_rate, longest))
     basis = np.linalg.qr(np.asarray(before, np.float64).T)[0].T
     start_rng, steps_rng = jax.random.split(rng)
     start = np.asarray(jax.random.normal(start_rng, (rank, size), jnp.float32), np.float64)

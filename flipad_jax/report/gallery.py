@@ -45,7 +45,8 @@ class Card:
       score: higher = less likely ours; None or NaN where there is none.
       p_value: in [0, 1]; None or NaN where there is none.
       note: a reason or a warning, in one sentence.
-      overlay: uint8 `[h', w', 3]`, shown beside the image at the same height; see `departure_map`.
+      overlay: uint8 `[h', w', 3]`, shown beside the image at the same size (one of the image's own
+        height: at its scale); see `departure_map`.
       overlay_text: what the overlay shows, in a few words (also its text for the blind).
     Raises:
       ValueError: for any other verdict, shape or dtype, or a p-value outside [0, 1].
@@ -230,7 +231,9 @@ def _card_html(card: Card, style: str) -> str:
     if card.overlay is not None:
         text = escape(card.overlay_text or "departure")
         rows, columns = card.overlay.shape[:2]
-        wide = (size[0], round(size[0] * columns / rows))
+        # A map of any size covers the image; pictures of its own height stand at its scale.
+        own_scale = card.image is not None and rows == card.image.shape[0]
+        wide = (size[0], round(size[0] * columns / rows)) if own_scale else size
         overlay = _picture_html(card.overlay, wide, card.overlay_text or "map of the departure")
         pictures += f"<div>{overlay}<small>{text}</small></div>"
     *folders, file = card.path.split("/")
