@@ -1,12 +1,16 @@
-"""Files that are asked about, and the file of answers: of `attribute` and `registry`."""
+"""Files that are asked about, and the file of answers: of `attribute`, `prove` and `registry`."""
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments._record import UsageError
+from experiments._record import UsageError, replacing
 from flipad_jax import data
 
-__all__ = ["check_output", "find"]
+__all__ = ["check_output", "find", "write_rows"]
 
 
 def find(path: str, workdir: Path) -> data.Found:
@@ -43,3 +47,23 @@ def check_output(path: Path, columns: Sequence[str]) -> None:
     ours = first.startswith((",".join(columns), f'{{"{columns[0]}": '))
     if first and not ours:
         raise UsageError(f"--output={path} is there and holds no rows of ours; give another name")
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """All rows at once: the file is complete or not there.
+
+    Args:
+      path: of the answers, .csv or .jsonl.
+      columns: of the .csv, in order; every row has them.
+      rows: a value for every column.
+    """
+    with replacing(path) as file:
+        # File names are bytes, not always text.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        if path.suffix == ".jsonl":
+            text.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        text.detach()  # `replacing` closes the file

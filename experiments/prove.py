@@ -14,30 +14,22 @@ crop, brightness. With --attributor, images that it calls not ours without a dou
 """
 
 import collections
-import csv
 import dataclasses
 import hashlib
-import importlib
-import io
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 
-from experiments import _suspects
+from experiments import _regeneration, _suspects
 from experiments._config import Run, check_once, setting
 from experiments._record import UsageError
-from flipad_jax import conventions, data, files, idx_images, metrics, perturbations, report
+from flipad_jax import conventions, data, files, idx_images, metrics, report
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import bundle, processing, proof, regeneration
-from flipad_jax.detection.latent_inversion import LatentGenerator
-from flipad_jax.detection.regeneration import RegenerationConfig
-from flipad_jax.generators import interop, torch_generators, zoo
-from flipad_jax.generators.sampling import TrainedGenerator
+from flipad_jax.detection import bundle, proof, regeneration
 
 COLUMNS = (
     "path",
@@ -50,18 +42,7 @@ COLUMNS = (
     "latent_sha256",
     "reason",
 )
-PROCESSINGS = ("none", *processing.NAMES)
 _BLOCK = 32  # images per stage: what a kill can cost
-_GAIN = 0.9
-# How strongly own and foreign images are processed to calibrate a search.
-CALIBRATED_AT = {
-    "none": "untouched",
-    "noise": "noise-0.05",
-    "jpeg": "jpeg-90",
-    "blur": "blur-3",
-    "crop": "crop-55",
-    "brightness": f"brightness {_GAIN:g}",
-}
 # Best first: what counts if several searches were made for an image.
 _RANK = {verdict: rank for rank, verdict in enumerate(("proved", "ours", "cannot_judge"))}
 
@@ -84,7 +65,9 @@ class Config:
     images: str = setting("", "A folder of images (with subfolders), or one image file.")
     output: str = setting("", "File of verdicts, .csv or .jsonl; WORKDIR/verdicts.csv by default.")
     processing: tuple[str, ...] = setting(
-        ("none",), "What may have happened to the images, the likeliest first.", choices=PROCESSINGS
+        ("none",),
+        "What may have happened to the images, the likeliest first.",
+        choices=_regeneration.PROCESSINGS,
     )
     foreign: str = setting(
         "",
@@ -124,9 +107,6 @@ CHANGEABLE = ("output", "fnr", "foreign_rate", "num_shown")
 def default_workdir(config: Config) -> str:
     """Beside the output, as `attribute` has it."""
     return f"{config.output}.run" if config.output else ""
-
-
-Generator = TrainedGenerator | LatentGenerator
 
 
 class Calibration(NamedTuple):
@@ -181,11 +161,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             f"{config.num_own} own images certify no fnr below {1 / (config.num_own + 1):.3g}: no "
             "image can be called not ours; give a larger --num_own"
         )
-    generator, origin = load_generator(config.generator, config.convention)
+    generator, origin = _regeneration.load_generator(config.generator, config.convention)
     shape = regeneration.check_generator(generator)
-    bank = None
-    if config.bank:
-        bank = regeneration.make_bank(generator, rng(config, 0), config.bank)
+    bank = _regeneration.make_bank(config, generator)
     known = _known_images(config, record, generator, origin, shape)
     calibrations: dict[str, Calibration] = {}
     decoded, rejected = _decoded(config, record, generator, shape, found)
@@ -201,90 +179,19 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         [s.row for s in suspects] + rejected,
         key=lambda row: (places.get(row.path, len(places)), row.path),
     )
-    _write_rows(output, rows)
+    _suspects.write_rows(output, COLUMNS, [row._asdict() for row in rows])
     _write_proofs(record.workdir, suspects, generator)
     metrics_found = _metrics(config, rows, calibrations, judging, generator)
     metrics_found["output"] = str(output)
-    _write_page(config, record, suspects, rows, calibrations, judging, metrics_found)
+    _write_page(config, record, suspects, rows, calibrations, metrics_found)
     record.say(f"Verdicts: {output}")
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return metrics_found
 
 
-def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dict[str, Any]]:
-    """A generator by name, file or import path, and what is recorded of it.
-
-    A file of PyTorch weights has no record, and those of LSGAN a convention.
-
-    Raises:
-      ValueError: if it is none of them, or the function returns something else.
-    """
-    if name in zoo.names():
-        return zoo.load(name), zoo.record(name)
-    if Path(name).is_file():
-        if name.endswith(".safetensors") and zoo.is_record(name):
-            return zoo.load_file(name), zoo.record_file(name)
-        arrays = interop.read_arrays(name)
-        return torch_generators.from_arrays(arrays, convention=convention), {}
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(
-            f"--generator={name} is no file, no MODULE:FUNCTION, and no generator of the zoo: "
-            f"{', '.join(zoo.names())}"
-        )
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--generator={name} cannot be imported and called: {error}") from error
-    if not isinstance(made, TrainedGenerator | LatentGenerator):
-        raise ValueError(
-            f"--generator={name} returned {type(made).__name__}, expected a LatentGenerator "
-            "(params, apply, latent_dim) or a TrainedGenerator"
-        )
-    return made, {}
-
-
-def rng(config: Any, *path: int) -> jax.Array:
-    """0 bank, 1 own images, 2 processing, 3 calibration, 4 suspects, 5 the study's sources."""
-    found = jax.random.key(config.seed)
-    for part in path:
-        found = jax.random.fold_in(found, part)
-    return found
-
-
-def processed(name: str, images: np.ndarray, rng: jax.Array) -> np.ndarray:
-    """Images as the search of that name is calibrated on."""
-    if name == "none":
-        return images
-    if name == "brightness":
-        return np.clip(np.round(images * _GAIN), 0, 255).astype(np.uint8)
-    return perturbations.apply(CALIBRATED_AT[name], images, rng)
-
-
-def search(config, record, generator, bank, images, name, rng, what) -> dict[str, np.ndarray]:
-    with record.progress(len(images), what) as bar:
-        done = 0
-
-        def progress(decided, _):
-            nonlocal done
-            bar.update(decided - done)
-            done = decided
-
-        result = regeneration.regenerate(
-            generator,
-            images,
-            rng,
-            RegenerationConfig(num_starts=config.num_starts, places=config.places),
-            bank=bank,
-            processing=None if name == "none" else processing.get(name),
-            progress=progress,
-        )
-    return {**result._asdict(), "replayed": np.array(result.replayed, np.str_)}
-
-
 def _known_images(config, record, generator, origin, shape) -> tuple[np.ndarray, np.ndarray]:
     """Own images of fresh latents, and foreign ones."""
-    own = regeneration.make_bank(generator, rng(config, 1), config.num_own).images
+    own = regeneration.make_bank(generator, _regeneration.rng(config, 1), config.num_own).images
     if own.min() >= 127:
         record.warn(
             "no own image is anywhere darker than grey: the generator seems to make images in "
@@ -319,9 +226,9 @@ def _known_images(config, record, generator, origin, shape) -> tuple[np.ndarray,
     return own, foreign
 
 
-def _digest(generator: Generator, own: np.ndarray, foreign: np.ndarray) -> str:
+def _digest(generator: _regeneration.Generator, own: np.ndarray, foreign: np.ndarray) -> str:
     """Of all that a kept stage rests on, but for settings; own images change with `apply`."""
-    digest = hashlib.sha256(weights_sha256(generator).encode())
+    digest = hashlib.sha256(_regeneration.weights_sha256(generator).encode())
     digest.update(own.tobytes())
     digest.update(foreign.tobytes())
     return digest.hexdigest()[:12]
@@ -336,12 +243,16 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
         if kind != "none":  # a foreign image need not have been processed at all
             sets.append(("foreign-untouched", known[1], "none"))
         for place, (which, images, how) in enumerate(sets):
-            treated = processed(how, images, rng(config, 2, number, place))
-            search_rng = rng(config, 3, number, place)
+            treated = _regeneration.processed(
+                how, images, _regeneration.rng(config, 2, number, place)
+            )
+            search_rng = _regeneration.rng(config, 3, number, place)
             text = f"{len(images)} {which} images" + (f", {kind}" if kind != "none" else "")
 
             def compute(treated=treated, kind=kind, search_rng=search_rng, text=text):
-                return search(config, record, generator, bank, treated, kind, search_rng, text)
+                return _regeneration.search(
+                    config, record, generator, bank, treated, kind, search_rng, text
+                )
 
             results[which] = record.stage(f"{which}-{kind}-{digest}", compute, text=text)
         foreign = [result for which, result in results.items() if which != "own"]
@@ -417,13 +328,16 @@ def _search_block(
         text = f"{len(todo)} suspects" + (f", {kind}" if kind != "none" else "")
 
         def compute(images=images, kind=kind, number=number, text=text):
-            search_rng = rng(config, 4, number, int(name[:7], 16))
-            return search(config, record, generator, bank, images, kind, search_rng, text)
+            search_rng = _regeneration.rng(config, 4, number, int(name[:7], 16))
+            return _regeneration.search(
+                config, record, generator, bank, images, kind, search_rng, text
+            )
 
         result = record.stage(f"search-{kind}-{name}-{digest}", compute, text=text)
         for place, sha in enumerate(todo):
-            suspect = _judged(config, generator, calibrations[kind], judging, kind, result, place)
-            suspect = suspect._replace(image=by_pixels[sha])
+            suspect = _judged(
+                config, generator, calibrations[kind], judging, kind, result, place, by_pixels[sha]
+            )
             error = suspect.row.rmse
             rank = (
                 _RANK.get(suspect.row.verdict, len(_RANK)),
@@ -434,13 +348,14 @@ def _search_block(
     return {sha: suspect for sha, (_, suspect) in best.items()}
 
 
-def _judged(config, generator, known: Calibration, judging, kind: str, result, place: int):
-    """One image under one search; its path and pixels are filled in later."""
+def _judged(
+    config, generator, known: Calibration, judging, kind: str, result, place: int, image
+) -> Suspect:
+    """One image under one search; its path is filled in later."""
     part = slice(place, place + 1)
     unknowns = result["unknowns"][place]
-    determined = proof.is_determined(
-        result["equations"][part], generator.latent_dim + len(unknowns)
-    )
+    size = generator.latent_dim + len(unknowns)
+    determined = proof.is_determined(result["equations"][part], size)
     judged = proof.judge(
         result["rmse"][part],
         result["proved"][part],
@@ -455,9 +370,13 @@ def _judged(config, generator, known: Calibration, judging, kind: str, result, p
     words = [replayed] if replayed else []
     if not determined[0]:
         words.append(
-            f"{result['equations'][place]} pixels between black and white are too few for "
-            f"{generator.latent_dim + len(unknowns)} unknowns"
+            f"{result['equations'][place]} pixels between black and white are too few for {size} "
+            "unknowns"
         )
+    elif not np.isfinite(result["rmse"][place]):
+        words.append("no start made an image")
+    elif verdict == "cannot_judge":
+        words.append("further away than own images, and not as far as foreign ones")
     elif verdict == "proved" and kind == "none":
         p_value = proof.rounding_p_value(result["misfit"][place], result["equations"][place])
         words.append(f"that what is left is only rounding has p = {float(p_value):.2g}")
@@ -474,8 +393,8 @@ def _judged(config, generator, known: Calibration, judging, kind: str, result, p
         hashlib.sha256(latent.tobytes()).hexdigest(),
         "; ".join(words),
     )
-    shown = (result["image"][place], result["processed"][place])
-    return Suspect(row, result["image"][place], *shown, latent, unknowns, replayed)
+    made, after = result["image"][place], result["processed"][place]
+    return Suspect(row, image, made, after, latent, unknowns, replayed)
 
 
 def _looked_at_first(config, record, generator, shape, decoded):
@@ -499,7 +418,9 @@ def _looked_at_first(config, record, generator, shape, decoded):
             attribution.doubts(attributor, images) == ""
         ), judged.p_value
 
-    own = regeneration.make_bank(generator, rng(config, 6), max(100, config.num_own)).images
+    own = regeneration.make_bank(
+        generator, _regeneration.rng(config, 6), max(100, config.num_own)
+    ).images
     share = float(refused_by(own)[0].mean())
     if share > max(0.1, 5 * config.fnr):
         raise UsageError(
@@ -530,31 +451,9 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    # File names are bytes, not always text.
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row._asdict()) + "\n" for row in rows)
-    else:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-        text = buffer.getvalue()
-    files.write_atomically(path, text.encode("utf-8", "surrogateescape"))
-
-
-def weights_sha256(generator: Generator) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights, in the order of the pytree."""
-    weights = generator.variables if isinstance(generator, TrainedGenerator) else generator.params
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _write_proofs(workdir: Path, suspects: list[Suspect], generator: Generator) -> None:
+def _write_proofs(
+    workdir: Path, suspects: list[Suspect], generator: _regeneration.Generator
+) -> None:
     """Latents and unknowns of what is proved or ours, and their images before and after
     processing."""
     from safetensors.numpy import save
@@ -575,7 +474,10 @@ def _write_proofs(workdir: Path, suspects: list[Suspect], generator: Generator) 
         }
         for number, s in enumerate(kept)
     ]
-    metadata = {"weights_sha256": weights_sha256(generator), "images": json.dumps(listed)}
+    metadata = {
+        "weights_sha256": _regeneration.weights_sha256(generator),
+        "images": json.dumps(listed),
+    }
     for folder in ("regenerated", "processed"):  # what an earlier start left there
         shutil.rmtree(workdir / folder, ignore_errors=True)
     files.write_atomically(workdir / "proofs.safetensors", save(arrays, metadata=metadata))
@@ -585,7 +487,7 @@ def _write_proofs(workdir: Path, suspects: list[Suspect], generator: Generator) 
             data.write_images(workdir / "processed", np.stack([s.processed for s in kept]))
 
 
-def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[dict[str, Any]]:
+def _rests_on(calibrations, judging, latent_dim: int) -> list[dict[str, Any]]:
     """Per search, what its verdicts rest on."""
     found = []
     for kind, known in calibrations.items():
@@ -594,7 +496,7 @@ def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[di
         found.append(
             {
                 "processing": kind,
-                "calibrated_at": CALIBRATED_AT[kind],
+                "calibrated_at": _regeneration.CALIBRATED_AT[kind],
                 "num_own": len(known.own),
                 "share_proved": proved / len(known.own),
                 "share_proved_interval": list(metrics.clopper_pearson(proved, len(known.own))),
@@ -606,37 +508,28 @@ def _rests_on(config: Config, calibrations, judging, latent_dim: int) -> list[di
                 "codimension": tail.codimension,
                 "codimension_low": tail.codimension_low,
                 "counted_codimension": float(
-                    np.median(proof.counted_codimension(known.equations, latent_dim))
+                    np.median(
+                        proof.counted_codimension(
+                            known.equations, latent_dim + _regeneration.num_unknowns(kind)
+                        )
+                    )
                 ),
-                "ours_up_to": _limit(tail, judging.foreign_rate),
+                "ours_up_to": proof.ours_up_to(tail, judging.foreign_rate),
                 "probability_at_half_a_level": float(proof.foreign_probability(tail, 0.5)),
             }
         )
     return found
 
 
-def _limit(tail: proof.ForeignTail, rate: float) -> float:
-    """The error up to which an image is ours, see `proof`."""
-    limit = tail.edge * (rate / tail.share_high) ** (1 / tail.codimension_low)
-    return float(min(limit, tail.smallest / 2)) if np.isfinite(limit) else 0.0
-
-
 def _metrics(config, rows, calibrations, judging, generator) -> dict[str, Any]:
     counts = collections.Counter(row.verdict for row in rows)
     return {
         "generator": config.generator,
-        "weights_sha256": weights_sha256(generator),
+        "weights_sha256": _regeneration.weights_sha256(generator),
         "num_files": len(rows),
         **{verdict: counts[verdict] for verdict in proof.VERDICTS},
-        "rests_on": _rests_on(config, calibrations, judging, generator.latent_dim),
+        "rests_on": _rests_on(calibrations, judging, generator.latent_dim),
     }
-
-
-def codimension_text(row: dict[str, Any]) -> str:
-    """Estimate and lower end; what no tail could be fitted to has none."""
-    if not row["codimension"] or not np.isfinite(row["codimension"]):
-        return "-"
-    return f"{row['codimension']:.1f} [{row['codimension_low']:.1f}, )"
 
 
 def table(results: dict[str, Any]) -> report.Table:
@@ -651,7 +544,7 @@ def table(results: dict[str, Any]) -> report.Table:
             f"{row['own_median']:.2f} / {row['own_largest']:.2f}",
             row["num_foreign"],
             f"{row['foreign_smallest']:.2f} / {row['foreign_median']:.2f}",
-            codimension_text(row),
+            _regeneration.codimension_text(row),
             f"{row['counted_codimension']:.0f}",
             f"{row['ours_up_to']:.2f}",
         ]
@@ -681,17 +574,19 @@ def _difference(image: np.ndarray, regenerated: np.ndarray) -> np.ndarray:
     return np.concatenate([pair[0], gap, pair[1]], axis=1)
 
 
-def _write_page(config, record, suspects, rows, calibrations, judging, results) -> None:
+def _write_page(config, record, suspects, rows, calibrations, results) -> None:
     order = sorted(suspects, key=lambda s: proof.VERDICTS.index(s.row.verdict))
     shown = order[: config.num_shown]
     cards = []
     for s in shown:
-        note = "no start made an image"
+        words = [s.row.reason] if s.row.reason else []
         if s.row.rmse is not None:
-            note = f"{s.row.rmse:.2f} levels, no pixel off by more than {s.row.largest:.0f}"
-        if s.row.processing != "none":
-            note += f", after {s.row.processing}"
-        note += f"; latent {s.row.latent_sha256[:12]}. {s.row.reason}"
+            after = f" after {s.row.processing}" if s.row.processing != "none" else ""
+            words = [
+                f"{s.row.rmse:.2f} levels{after}, no pixel off by more than {s.row.largest:.0f}",
+                f"latent {s.row.latent_sha256[:12]}",
+                *words,
+            ]
         cards.append(
             report.Card(
                 s.row.path,
@@ -699,7 +594,7 @@ def _write_page(config, record, suspects, rows, calibrations, judging, results) 
                 cast(Any, s.row.verdict),
                 s.row.rmse,
                 s.row.p_value,
-                note,
+                "; ".join(words),
                 _difference(s.image, s.processed),
                 "regenerated, and difference times 32",
             )
@@ -789,7 +684,7 @@ def _reading(config: Config, rests_on: list[dict[str, Any]]) -> list[str]:
 
 
 def _tail_text(first: dict[str, Any]) -> list[str]:
-    if codimension_text(first) == "-":
+    if _regeneration.codimension_text(first) == "-":
         return ["Too few foreign images to say how near others come: nothing is called ours."]
     return [
         "How near a foreign image comes by chance: the smallest errors follow a power law, whose "

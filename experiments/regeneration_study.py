@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import prove
+from experiments import _regeneration
 from experiments._config import Run, check_once, setting
 from flipad_jax import data, metrics, report
 from flipad_jax.detection import proof
@@ -48,7 +48,7 @@ class Config:
     )
     sources: tuple[str, ...] = setting(SOURCES, "What is not ours.", choices=SOURCES)
     processing: tuple[str, ...] = setting(
-        ("none",), "What happens to the images of all sources.", choices=prove.PROCESSINGS
+        ("none",), "What happens to the images of all sources.", choices=_regeneration.PROCESSINGS
     )
     num_images: int = setting(50, "Images of every source.", lower_bound=4)
     trained_on_steps: int = setting(200, "Updates by which our model is trained on.", lower_bound=1)
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trained_on_steps": 2,
     },
     "demo": {},
-    "paper": {"num_images": 200, "processing": prove.PROCESSINGS},
+    "paper": {"num_images": 200, "processing": _regeneration.PROCESSINGS},
 }
 
 
@@ -83,28 +83,36 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     results: dict[str, Any] = {"models": {}}
     errors: dict[str, np.ndarray] = {}
     for number, name in enumerate(config.models):
-        generator, entry = prove.load_generator(name)
+        generator, entry = _regeneration.load_generator(name)
         if not isinstance(generator, TrainedGenerator) or "dataset" not in entry:
             raise ValueError(
                 f"--models={name}: expected a generator of the zoo or a file of train_generator, "
                 "which say what they were trained on"
             )
         sources = _sources(config, record, number, generator, entry)
-        bank = None
-        if config.bank:
-            bank = prove.regeneration.make_bank(generator, prove.rng(config, 0), config.bank)
+        bank = _regeneration.make_bank(config, generator)
         by_kind = {}
         for kind_number, kind in enumerate(config.processing):
             found, seconds = {}, {}
             for source_number, (source, images) in enumerate(sources.items()):
                 place = (number, kind_number, source_number)
-                search_rng = prove.rng(config, 3, *place)
-                treated = prove.processed(kind, images, prove.rng(config, 2, *place))
+                search_rng = _regeneration.rng(config, 3, *place)
+                treated = _regeneration.processed(
+                    kind, images, _regeneration.rng(config, 2, *place)
+                )
                 text = f"{Path(name).stem}, {_SHOWN[source]}" + (
                     "" if kind == "none" else f", {kind}"
                 )
                 compute = functools.partial(
-                    prove.search, config, record, generator, bank, treated, kind, search_rng, text
+                    _regeneration.search,
+                    config,
+                    record,
+                    generator,
+                    bank,
+                    treated,
+                    kind,
+                    search_rng,
+                    text,
                 )
                 stage = f"searched-{number}-{kind}-{source}"
                 found[source] = record.stage(stage, compute, text=text)
@@ -122,13 +130,13 @@ def run(config: Config, record: Run) -> dict[str, Any]:
 def _sources(config, record, number: int, generator, entry) -> dict[str, np.ndarray]:
     """Images of every source; what trains is a stage."""
     count = config.num_images
-    rng = prove.rng(config, 5, number)
+    rng = _regeneration.rng(config, 5, number)
     found = {"own": sampling.generate(generator, jax.random.fold_in(rng, 0), count)}
     for source in config.sources:
         if source == "real":
             found[source] = _real(entry, generator, "test")[:count]
         elif source == "other_seed":
-            other, _ = prove.load_generator(_other(config, number))
+            other, _ = _regeneration.load_generator(_other(config, number))
             if not isinstance(other, TrainedGenerator):
                 raise ValueError("--others: expected generators of this library")
             found[source] = sampling.generate(other, jax.random.fold_in(rng, 1), count)
@@ -183,7 +191,7 @@ def _train_on(config, record, number: int, generator, entry) -> dict[str, np.nda
     if not np.isfinite(np.asarray(losses.generator)).all():
         raise FloatingPointError("training on diverged")
     after = sampling.from_state(gan, training.take_seed(states, 0))
-    rng = prove.rng(config, 5, number)
+    rng = _regeneration.rng(config, 5, number)
     # The same latents as the own images: the nearest that a changed model comes to ours.
     return {"images": sampling.generate(after, jax.random.fold_in(rng, 0), config.num_images)}
 
@@ -252,7 +260,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
                     f"{mine['median']:.2f} / {mine['largest']:.2f}",
                     f"{mine['iterations']:.0f}",
                     f"{mine['seconds']:.2f}",
-                    prove.codimension_text(found),
+                    _regeneration.codimension_text(found),
                     f"{found['counted_codimension']:.0f}",
                 ]
             )
@@ -304,7 +312,7 @@ def _write_page(config: Config, record: Run, results, errors) -> None:
                 f"{config.num_images} images of every source, at most {config.num_starts} starts. "
                 f"Our model trained on: {config.trained_on_steps} updates against a new "
                 "discriminator, images of the same latents as the own ones. Processing: "
-                + ", ".join(f"{k} is {prove.CALIBRATED_AT[k]}" for k in config.processing)
+                + ", ".join(f"{k} is {_regeneration.CALIBRATED_AT[k]}" for k in config.processing)
                 + "."
             ],
         ),

@@ -13,10 +13,7 @@ WORKDIR/models/NAME.safetensors; `zoo.load_file` reads it.
     python run.py --experiment=registry --workdir=runs/my_registry --images=suspects
 """
 
-import csv
 import dataclasses
-import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +23,7 @@ import numpy as np
 
 from experiments import _keyed, _suspects
 from experiments._config import Run, setting
-from experiments._record import UsageError, replacing
+from experiments._record import UsageError
 from flipad_jax import data, report
 from flipad_jax.generators import sampling, zoo
 from flipad_jax.registry import attributability, ledger, user_generators, user_keys
@@ -82,10 +79,6 @@ CHANGEABLE = (
     "max_rounds",
     "num_test",
     "hand_out_unreached",
-    # Flags that a registry had once, and that played no part: its folder may remember them.
-    "together",
-    "features",
-    "inception_weights",
 )
 PRECIOUS = "registry.json"
 
@@ -315,16 +308,7 @@ def _write_rows(config, output: Path, rows: list[Row]) -> None:
             fields[f"towards_{config.ask}"] = towards
         records.append(fields)
     columns = [*COLUMNS, *([f"towards_{config.ask}"] if config.ask else [])]
-    with replacing(output) as file:
-        # File names are bytes, not always text.
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        if output.suffix == ".jsonl":
-            text.writelines(json.dumps(fields) + "\n" for fields in records)
-        else:
-            writer = csv.DictWriter(text, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(records)
-        text.detach()  # `replacing` closes the file
+    _suspects.write_rows(output, columns, records)
 
 
 def _counts(registry, rows: list[Row]) -> dict[str, int]:

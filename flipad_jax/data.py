@@ -30,8 +30,6 @@ import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from flipad_jax import idx_images
-
 __all__ = [
     "EXTENSIONS",
     "NAMES",
@@ -306,6 +304,8 @@ def load(
             seed=seed,
         )
     if os.path.isdir(name):
+        from flipad_jax import idx_images  # Here: it imports this module.
+
         if idx_images.is_folder(name):
             return idx_images.load(
                 name,

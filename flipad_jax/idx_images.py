@@ -16,6 +16,8 @@ import zlib
 
 import numpy as np
 
+from flipad_jax import data
+
 __all__ = ["is_folder", "load"]
 
 _FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -60,8 +62,6 @@ def load(
       ValueError: if the file of the split is missing or damaged, if images are larger than
         `image_size`, or (if `exact`) for more images than there are.
     """
-    from flipad_jax import data
-
     which = "test" if split == "test" else "train"
     found = _find(path, which)
     if found is None:

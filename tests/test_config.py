@@ -310,6 +310,19 @@ def test_an_experiment_may_run_anew_with_some_settings_changed(toy, demo, capsys
     assert "seed is 0 there and 3 here" in line and "lam" not in line
 
 
+def test_a_run_of_before_a_setting_existed_had_its_default(toy, demo, capsys):
+    """And a setting that is gone cannot be another one."""
+    assert command(toy, "--preset=smoke") == 0
+    flags = Path("runs/demo-smoke/config.flags")
+    kept = [line for line in flags.read_text().splitlines() if not line.startswith("--lam=")]
+    flags.write_text("\n".join([*kept, "--gone=7"]) + "\n")
+    assert command(toy, "--preset=smoke") == 0
+    assert len(demo.CALLS) == 1
+    capsys.readouterr()
+    assert command(toy, "--preset=smoke", "--lam=0.5") == 2
+    assert "lam is 0.0005 there and 0.5 here" in one_error(capsys)
+
+
 def test_an_experiment_may_choose_its_workdir(toy, demo, monkeypatch):
     choose = lambda config: f"by-{config.seed}" if config.seed else ""  # noqa: E731
     monkeypatch.setattr(demo, "default_workdir", choose, raising=False)

@@ -22,7 +22,7 @@ def test_the_codimension_of_a_power_law_is_found():
     errors = power_law(np.random.default_rng(0), 5.0, 9.0, 20_000)
     tail = proof.foreign_tail(errors)
     assert tail.codimension == pytest.approx(5, rel=0.06)
-    assert tail.smallest == errors.min() and tail.num_images == 20_000
+    assert tail.smallest == errors.min()
     # P(e < t) = (t / 9)^5, of which the ends of the intervals give a bound.
     for t in (1.0, 2.0, 4.0):
         bound = float(proof.foreign_probability(tail, t))
@@ -38,6 +38,15 @@ def test_the_probability_is_bounded_as_often_as_it_says():
             tail = proof.foreign_tail(power_law(rng, 4.0, 10.0, 100), confidence=0.9)
             held.append(float(proof.foreign_probability(tail, t)) >= (t / 10) ** 4)
         assert np.mean(held) >= 0.9
+
+
+def test_ours_is_where_the_probability_is_the_rate():
+    tail = proof.foreign_tail(power_law(np.random.default_rng(5), 8.0, 9.0, 4000))
+    limit = proof.ours_up_to(tail, 1e-8)
+    assert limit < tail.smallest / 2  # or the other rule would decide
+    assert float(proof.foreign_probability(tail, limit)) == pytest.approx(1e-8)
+    assert proof.ours_up_to(tail, 0.9) == tail.smallest / 2
+    assert proof.ours_up_to(proof.foreign_tail(np.array([5.0, 6.0])), 0.5) == 0
 
 
 def test_above_the_edge_nothing_is_bounded():

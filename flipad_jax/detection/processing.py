@@ -43,12 +43,14 @@ class Codec:
     """The second search, and what the real codec makes of its result.
 
     Attributes:
+      num_unknowns: how many.
       apply: as that of `Processing`; its unknowns are given, and not searched any further.
       guess: `(found [h, w, c] uint8, suspect [h, w, c] uint8) -> ` unknowns to try, the likeliest
         first, always as many.
       replay: `(found, unknowns) -> (image [h, w, c] uint8, what was done)`.
     """
 
+    num_unknowns: int
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     guess: Callable[[np.ndarray, np.ndarray], tuple[tuple[float, ...], ...]]
     replay: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, str]]
@@ -78,6 +80,7 @@ class Processing:
 
     @property
     def num_unknowns(self) -> int:
+        """How many `apply` takes."""
         return len(self.starts[0])
 
 
@@ -169,7 +172,7 @@ _ALL = {
             ((),),
             slack=8.0,
             enough=4.0,
-            codec=Codec(_jpeg, _guess_jpeg, _replay_jpeg),
+            codec=Codec(1, _jpeg, _guess_jpeg, _replay_jpeg),
         ),
         Processing("blur", _blur, (_gaussian(0.8), _gaussian(2.0), _gaussian(0.4))),
         Processing(

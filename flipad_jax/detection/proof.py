@@ -41,6 +41,7 @@ __all__ = [
     "foreign_tail",
     "is_determined",
     "judge",
+    "ours_up_to",
     "rounding_p_value",
 ]
 
@@ -74,21 +75,17 @@ class ForeignTail(NamedTuple):
 
     Attributes:
       edge: u, below which the power law is taken to hold; NaN if there are too few errors.
-      share: q, of the errors below u.
-      share_high: upper end of its interval.
+      share_high: upper end of the interval of q, the share of errors below u.
       codimension: alpha, by Hill's estimator.
       codimension_low: lower end of its interval.
       smallest: of all errors.
-      num_images: errors in all.
     """
 
     edge: float
-    share: float
     share_high: float
     codimension: float
     codimension_low: float
     smallest: float
-    num_images: int
 
 
 _SMALLEST_TAIL = 10
@@ -110,18 +107,13 @@ def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail
         raise ValueError(f"foreign errors must be positive and finite, [n]; got {errors!r}")
     k = max(_SMALLEST_TAIL, len(errors) // 10)
     if len(errors) <= k or errors[k] <= errors[0]:
-        nothing = math.nan
-        return ForeignTail(
-            nothing, nothing, nothing, nothing, nothing, float(errors[0]), len(errors)
-        )
+        return ForeignTail(math.nan, math.nan, math.nan, math.nan, float(errors[0]))
     edge = errors[k]
     alpha = 1 / float(np.mean(np.log(edge / errors[:k])))
     half = (1 - confidence) / 2  # of the error for each of the two
     low = alpha * scipy.stats.gamma.ppf(half, k) / k
     high = scipy.stats.beta.ppf(1 - half, k + 1, len(errors) - k)
-    return ForeignTail(
-        float(edge), k / len(errors), float(high), alpha, float(low), errors[0], len(errors)
-    )
+    return ForeignTail(float(edge), float(high), alpha, float(low), float(errors[0]))
 
 
 def foreign_probability(tail: ForeignTail, error: np.ndarray | float) -> np.ndarray:
@@ -141,8 +133,27 @@ def foreign_probability(tail: ForeignTail, error: np.ndarray | float) -> np.ndar
     return np.where(error < tail.edge, inside, 1.0)
 
 
+def ours_up_to(tail: ForeignTail, rate: float) -> float:
+    """The error up to which an image is ours, in grey levels.
+
+    Where `foreign_probability` is `rate`, and at most half of the smallest foreign error; 0 where
+    there is no tail.
+    """
+    if math.isnan(tail.edge):
+        return 0.0
+    limit = tail.edge * min(1.0, rate / tail.share_high) ** (1 / tail.codimension_low)
+    return min(limit, tail.smallest / 2)
+
+
 def counted_codimension(equations: np.ndarray, num_unknowns: int) -> np.ndarray:
-    """n - d, at least 0: see the module docstring."""
+    """What the exponent alpha would be by counting, n - d; see the module docstring.
+
+    Args:
+      equations: `[...]` n, pixels that are neither at level 0 nor at 255.
+      num_unknowns: d, with those of the processing.
+    Returns:
+      `[...]` at least 0.
+    """
     return np.maximum(np.asarray(equations) - num_unknowns, 0)
 
 
@@ -207,7 +218,7 @@ def judge(
     p_value = calibration.conformal_p_values(own_errors, errors)
     probability = np.where(np.isfinite(errors), foreign_probability(tail, errors), np.nan)
     with np.errstate(invalid="ignore"):
-        near = (probability <= config.foreign_rate) & (errors <= tail.smallest / 2)
+        near = errors <= ours_up_to(tail, config.foreign_rate)
         far = (p_value <= config.fnr) & (errors >= tail.smallest)
     verdict = np.where(
         np.asarray(proved, bool),

@@ -47,7 +47,7 @@ import numpy as np
 
 from flipad_jax import data
 from flipad_jax.detection.latent_inversion import LatentGenerator
-from flipad_jax.detection.processing import Processing
+from flipad_jax.detection.processing import Codec, Processing
 from flipad_jax.generators import sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 
@@ -517,16 +517,25 @@ def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: 
     """A few more steps for what is proved: a search stops when it has succeeded, and what is left
     is then more than rounding."""
     config = dataclasses.replace(config, damping=1e-3, prior=0.0, targets=False)
-    size = best.latent.shape[1]
-    for index in np.flatnonzero(best.proved):
-        image = jnp.asarray(images[index : index + 1], jnp.float32)
-        z = np.concatenate([best.latent[index], best.unknowns[index]])[None]
+    size, places = best.latent.shape[1], _num_places(config)
+    proved = np.flatnonzero(best.proved)
+    for start in range(0, len(proved), places):
+        indices = proved[start : start + places]
+        # Filled up with the first one: one program, whatever is left for the last batch.
+        filled = np.concatenate([indices, np.full(places - len(indices), indices[0])])
+        z = np.concatenate([best.latent[filled], best.unknowns[filled]], axis=1)
+        asked = jnp.asarray(images[filled], jnp.float32)
         states = jax.vmap(functools.partial(init, config=config))(jnp.asarray(z))
         for _ in range(_POLISH_STEPS):
-            states, rmse, largest = _update_all(model, image, states, config)
-        if _is_proved(float(rmse[0]), float(largest[0]), config):
-            found = np.asarray(states.z[0])
-            best.latent[index], best.unknowns[index] = np.split(found, [size])
+            states, rmse, largest = _update_all(model, asked, states, config)
+        found, rmse, largest = jax.device_get((states.z, rmse, largest))
+        for place, index in enumerate(indices):
+            if _is_proved(rmse[place], largest[place], config):
+                best.latent[index], best.unknowns[index] = np.split(found[place], [size])
+
+
+def _num_places(config: RegenerationConfig) -> int:
+    return config.places or (1 if jax.default_backend() == "cpu" else 16)
 
 
 def _describe(
@@ -552,50 +561,50 @@ def _describe(
     best.proved[:] = [_is_proved(*pair, config) for pair in zip(best.rmse, best.largest)]
 
 
-def _through_codec(generator, processing, images: np.ndarray, config, first: Regenerated):
-    """The second search, with a codec in the model; then the real codec."""
-    codec = processing.codec
-    guesses = [codec.guess(found, image) for found, image in zip(first.image, images)]
-    count, width = len(images), len(guesses[0][0]) if guesses else 0
-    best = first._replace(
-        latent=first.latent.copy(),  # where every guess starts
-        image=first.image.copy(),
-        processed=first.processed.copy(),
-        unknowns=np.zeros((count, width), np.float32),
-        rmse=np.full(count, np.inf, np.float32),
-        largest=np.full(count, np.inf, np.float32),
-        misfit=first.misfit.copy(),
-        equations=first.equations.copy(),
-        proved=np.zeros(count, bool),
-        starts=first.starts.copy(),  # the guesses are no starts
-    )
-    if not count:
-        return best
+def _through_codec(
+    generator: TrainedGenerator | LatentGenerator,
+    processing: Processing,
+    images: np.ndarray,
+    config: RegenerationConfig,
+    first: Regenerated,
+) -> Regenerated:
+    """The second search, with a codec in the model, of what the first one has not proved; then the
+    real codec."""
+    codec = cast(Codec, processing.codec)
+    todo = np.flatnonzero(~first.proved)
+    guesses = [codec.guess(first.image[index], images[index]) for index in todo]
+    words = ["not compressed"] * len(images)
+    unknowns = np.zeros((len(images), codec.num_unknowns), np.float32)
+    whole = first._replace(unknowns=unknowns, replayed=tuple(words))
+    if not len(todo):
+        return whole
+    rows: dict[str, Any] = {
+        name: field[todo] for name, field in whole._asdict().items() if name != "replayed"
+    }
+    part = whole._replace(**rows)
+    part.rmse[:], part.largest[:] = np.inf, np.inf
+    starts = part.latent.copy()
     config = dataclasses.replace(config, targets=False, num_starts=len(guesses[0]), damping=1e-2)
 
     def start_at(index: int, number: int) -> np.ndarray:
-        return np.concatenate([first.latent[index], np.float32(guesses[index][number])])
+        return np.concatenate([starts[index], np.asarray(guesses[index][number], np.float32)])
 
     # Without the guesses: it is part of what is compiled.
-    model = (generator, Processing(processing.name, codec.apply, ((0.0,) * width,), enough=0.0))
-    _search(model, images, start_at, config, best, None)
-    best = best._replace(starts=first.starts)
-    _describe(model, images, config, best)
-    words = []
-    for index, image in enumerate(images):
-        if first.proved[index]:  # it was not compressed after all
-            for mine, theirs in zip(best[:-1], first[:-1]):
-                if mine.shape == theirs.shape:
-                    mine[index] = theirs[index]
-            words.append("not compressed")
-            continue
-        best.processed[index], what = codec.replay(best.image[index], best.unknowns[index])
-        errors = best.processed[index].astype(np.float64) - image
-        best.rmse[index] = np.sqrt(np.square(errors).mean())
-        best.largest[index] = np.abs(errors).max()
-        best.proved[index] = _is_proved(best.rmse[index], best.largest[index], config)
-        words.append(what)
-    return best._replace(replayed=tuple(words))
+    no_start = ((0.0,) * codec.num_unknowns,)
+    model = (generator, Processing(processing.name, codec.apply, no_start, enough=0.0))
+    _search(model, images[todo], start_at, config, part, None)
+    _describe(model, images[todo], config, part)
+    for place, index in enumerate(todo):
+        made, words[index] = codec.replay(part.image[place], part.unknowns[place])
+        errors = made.astype(np.float64) - images[index]
+        part.processed[place] = made
+        part.rmse[place] = np.sqrt(np.square(errors).mean())
+        part.largest[place] = np.abs(errors).max()
+        part.proved[place] = _is_proved(part.rmse[place], part.largest[place], config)
+    part = part._replace(starts=first.starts[todo])  # guesses are no starts
+    for name in rows:
+        getattr(whole, name)[todo] = getattr(part, name)
+    return whole._replace(replayed=tuple(words))
 
 
 def _is_proved(rmse: float, largest: float, config: RegenerationConfig) -> bool:
@@ -636,7 +645,7 @@ def check_generator(generator: TrainedGenerator | LatentGenerator) -> tuple[int,
 
     Raises:
       ValueError: if it makes something else than one image of one latent, is not differentiable or
-        not deterministic, or makes numbers that are not finite.
+        not deterministic, or makes numbers that are not finite or far outside of [-1, 1].
     """
     model = (generator, None)
     # At zero, the last one, ReLUs without a bias have no slope and norms no direction.
@@ -695,8 +704,7 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
     if not count:
         return
     size = best.latent.shape[1]
-    places = config.places or (1 if jax.default_backend() == "cpu" else 16)
-    places = min(places, count * config.num_starts)
+    places = min(_num_places(config), count * config.num_starts)
     # Every image's first start before any image's second.
     queue = ((i, s) for s in range(config.num_starts) for i in range(count))
     running: list[tuple[int, int] | None] = [None] * places

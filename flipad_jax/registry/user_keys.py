@@ -131,13 +131,21 @@ def _check_data(real, generated) -> tuple[jax.Array, jax.Array, tuple[int, ...]]
     return flat, _flat("generated", generated, flat.shape[1]), shape
 
 
-def _band(shape: tuple[int, ...], bandwidth: int) -> np.ndarray | None:
-    """Orthonormal rows `[b b c, h w c]`, the span that keys of that bandwidth live in."""
+class _Band(NamedTuple):
+    """The first cosines along each side, `[b, h]` and `[b, w]`, orthonormal rows."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    shape: tuple[int, ...]  # of an image, (h, w, c)
+
+
+def _band(shape: tuple[int, ...], bandwidth: int) -> _Band | None:
+    """The span that keys of that bandwidth live in; None without one."""
     if not bandwidth:
         return None
     if len(shape) != 3:
         raise ValueError(f"bandwidth={bandwidth} needs images [n, h, w, c], these are {shape} each")
-    height, width, channels = shape
+    height, width, _ = shape
     if bandwidth > min(height, width):
         raise ValueError(
             f"bandwidth={bandwidth}: images of {height} x {width} have no more than that"
@@ -147,19 +155,26 @@ def _band(shape: tuple[int, ...], bandwidth: int) -> np.ndarray | None:
     rows, columns = (
         scipy.fft.dct(np.eye(side), norm="ortho", axis=0)[:bandwidth] for side in (height, width)
     )
-    return np.kron(np.kron(rows, columns), np.eye(channels))
+    return _Band(rows, columns, shape)
 
 
-def _inside(band: np.ndarray | None, flat: jax.Array) -> jax.Array:
-    """Images or keys `[n, D]` as the key search sees them: projected, if there is a band."""
+def _inside(band: _Band | None, flat: jax.Array) -> jax.Array:
+    """Images or keys `[n, h w c]` as the key search sees them: `[n, b b c]`, if there is a band."""
     if band is None:
         return flat
-    return jnp.dot(_float(flat), jnp.asarray(band.T, jnp.float32), precision=lax.Precision.HIGHEST)
+    images = _float(flat).reshape(len(flat), *band.shape)
+    rows, columns = (jnp.asarray(m, jnp.float32) for m in band[:2])
+    low = jnp.einsum("kh,lw,nhwc->nklc", rows, columns, images, precision=lax.Precision.HIGHEST)
+    return low.reshape(len(images), math.prod(low.shape[1:]))
 
 
-def _outside(band: np.ndarray | None, keys: np.ndarray) -> np.ndarray:
+def _outside(band: _Band | None, keys: np.ndarray) -> np.ndarray:
     """Back again, in the precision of the keys."""
-    return keys if band is None else keys @ band.astype(keys.dtype)
+    if band is None:
+        return keys
+    low = keys.reshape(len(keys), len(band.rows), len(band.columns), band.shape[2])
+    rows, columns = (m.astype(keys.dtype) for m in band[:2])
+    return np.einsum("kh,lw,nklc->nhwc", rows, columns, low, optimize=True).reshape(len(keys), -1)
 
 
 def _check_earlier(earlier, shape: tuple[int, ...]) -> jax.Array:
