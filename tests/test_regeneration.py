@@ -2,6 +2,7 @@
 on an 8 x 8 generator, one that levels alone cannot climb, every mistake by its name."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -139,7 +140,11 @@ def step_of(jacobian, r, damping):
     return np.linalg.solve(gram + mu * np.eye(len(gram)), jacobian.T @ r)
 
 
-update = jax.jit(regeneration.update, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
+def update(model, image, state, config):
+    """A step with a Jacobian of its own."""
+    state = regeneration.linearize(model, image, state, config)
+    return regeneration.update(model, image, state, config)
 
 
 @pytest.mark.parametrize("in_targets", [False, True], ids=["levels", "targets"])
@@ -158,7 +163,7 @@ def test_a_step_is_that_of_levenberg_and_marquardt(name, factors, prior, kind, i
     z = np.array([0.3, -0.2, 0.5, 0.1] + [0.9, 0.05] * (kind is not None), np.float32)
     r, jacobian = dense(model, image, z, in_targets, prior)
     config = RegenerationConfig(damping=0.5, factors=factors, prior=prior)
-    state = regeneration.init(jnp.asarray(z), config)
+    state = regeneration.init(jnp.asarray(z), image, config)
     assert bool(state.in_targets) and float(state.damping) == 0.5
     state = state._replace(in_targets=jnp.asarray(in_targets))
     after, levels = update(model, image, state, config)
@@ -174,6 +179,62 @@ def test_a_step_is_that_of_levenberg_and_marquardt(name, factors, prior, kind, i
         assert_rounded(np.asarray(levels, np.uint8), exact_levels(model[0], after.z[None])[0])
 
 
+def test_a_jacobian_that_is_kept_learns_from_the_step():
+    """Broyden: afterwards it maps the step to what the residual did, and all that is at right
+    angles to the step to what it did before; a second step is that of dense algebra with it."""
+    model = GENERATORS["dcgan"], None
+    image = sampling.generate(model[0], jax.random.key(5), 1)[0].astype(np.float32)
+    z = np.array([0.3, -0.2, 0.5, 0.1], np.float32)
+    config = RegenerationConfig(damping=0.5, prior=0.0, renew_gain=0.0, switch_levels=0.0)
+    state = regeneration.init(jnp.asarray(z), image, config)
+    state = regeneration.linearize(model, image, state, config)
+    after, _ = regeneration.update(model, image, state, config)
+    assert not after.due and int(after.age) == 1
+    step = np.asarray(after.z - z, float)
+    ends = [dense(model, image, np.asarray(x), True, 0.0)[0][: image.size] for x in (z, after.z)]
+    np.testing.assert_allclose(after.r, ends[1], atol=0.02)
+    np.testing.assert_allclose(step @ after.jacobian, ends[1] - ends[0], atol=0.02)
+    beside = np.linalg.svd(step[None])[2][1:]
+    np.testing.assert_allclose(beside @ after.jacobian, beside @ state.jacobian, atol=0.02)
+    assert np.abs(after.jacobian - state.jacobian).max() > 1
+    second, _ = regeneration.update(model, image, after, config)
+    matrix, r = np.asarray(after.jacobian, float).T, np.asarray(after.r, float)
+    steps = [step_of(matrix, r, float(after.damping) * factor) for factor in config.factors]
+    nearest = min(np.abs(after.z - step - second.z).max() for step in steps)
+    assert nearest < 1e-3 < np.abs(second.z - after.z).max()
+
+
+def test_a_jacobian_is_renewed_when_it_is_old_or_leads_nowhere():
+    model = GENERATORS["dcgan"], None
+    image = sampling.generate(model[0], jax.random.key(5), 1)[0].astype(np.float32)
+    z = jnp.asarray([0.3, -0.2, 0.5, 0.1], jnp.float32)
+    for config, due in [
+        (RegenerationConfig(switch_levels=0.0, renew_gain=0.0), False),
+        (RegenerationConfig(switch_levels=0.0, renew_gain=1.0), True),
+        (RegenerationConfig(switch_levels=0.0, renew_gain=0.0, linearize_every=1), True),
+        (RegenerationConfig(switch_levels=1e3, renew_gain=0.0), True),  # another residual
+    ]:
+        after, _ = update(model, image, regeneration.init(z, image, config), config)
+        assert bool(after.due) == due and int(after.age) == 1
+    # A borrowed Jacobian that leads nowhere: asked for anew, and nothing is held against the place.
+    wrong = after._replace(jacobian=-after.jacobian, due=jnp.asarray(False))
+    config = RegenerationConfig(switch_levels=0.0)
+    lost, _ = regeneration.update(
+        model, image, wrong._replace(in_targets=jnp.asarray(True)), config
+    )
+    assert bool(lost.due) and int(lost.stuck) == int(wrong.stuck)
+    np.testing.assert_array_equal(lost.z, wrong.z)
+    np.testing.assert_array_equal(lost.damping, wrong.damping)
+
+
+def test_kept_jacobians_find_the_same_with_fewer_of_them(own):
+    config = dataclasses.replace(CONFIG, num_starts=3)
+    kept = regeneration.regenerate(OURS, own, RNG, config)
+    always = regeneration.regenerate(OURS, own, RNG, dataclasses.replace(config, linearize_every=1))
+    assert kept.proved.all() and always.proved.all()
+    assert kept.iterations.sum() < 0.8 * always.iterations.sum()
+
+
 def thermometer(steepness):
     """All pixels alike, and as dark as a level meter: tanh(steepness (z - 1/2))."""
 
@@ -187,7 +248,7 @@ def test_a_step_that_makes_it_worse_is_not_taken():
     """From black every step overshoots into white; wanted is nearly black."""
     config = RegenerationConfig(targets=False, factors=(30.0, 0.5))
     image = np.full((4, 4, 1), 20, np.float32)
-    state = regeneration.init(jnp.zeros(1, jnp.float32), config)
+    state = regeneration.init(jnp.zeros(1, jnp.float32), image, config)
     after, levels = update((thermometer(10), None), image, state, config)
     assert float(after.z[0]) == 0 and int(after.stuck) == 1 and not levels.any()
     assert float(after.damping) == pytest.approx(30 * config.damping)
@@ -212,14 +273,14 @@ def test_a_search_goes_on_in_levels_when_it_is_near_or_stuck():
     generator, config = thermometer(10), RegenerationConfig(damping=0.5, patience=5)
     image = np.full((4, 4, 1), 200, np.float32)
     # One undamped step lands there.
-    near = regeneration.init(jnp.zeros(1, jnp.float32), config)
+    near = regeneration.init(jnp.zeros(1, jnp.float32), image, config)
     near = near._replace(damping=jnp.float32(1e-6))
     near, levels = update((generator, None), image, near, config)
     assert np.abs(levels - image).max() < config.switch_levels
     assert not near.in_targets and float(near.damping) == pytest.approx(1e-2)
     # A chessboard, symmetric about the start: nothing can be gained.
     image = np.where(np.indices((4, 4)).sum(axis=0) % 2, 155, 100)[:, :, None].astype(np.float32)
-    state = regeneration.init(jnp.asarray([0.5], jnp.float32), config)
+    state = regeneration.init(jnp.asarray([0.5], jnp.float32), image, config)
     stages = []
     for _ in range(6):
         state, _ = update((generator, None), image, state, config)
@@ -290,8 +351,8 @@ def test_the_number_of_places_does_not_matter(own, found, places):
     assert np.abs(again.image.astype(int) - found.image).max() <= 2
     np.testing.assert_allclose(again.latent, found.latent, atol=0.1)
     if places == 100:  # all starts side by side, until one of them succeeds
-        assert (again.starts == 6).all() and not (again.iterations % 6).any()
-        assert (again.iterations < 6 * 10).all()
+        assert (again.starts == 6).all()
+        assert (again.iterations >= 6).all() and (again.iterations < 6 * 10).all()
 
 
 def test_progress_ends_with_all_images(own):
@@ -363,8 +424,9 @@ def test_the_prior_is_part_of_what_is_lowered():
     """In targets it is ridge regression: a step leaves the latent that fits for a smaller one."""
     z, images, generator = made_by(picture, 1)
     config = RegenerationConfig(damping=1e-6, factors=(1.0, 1e6), prior=1e5)
-    state = regeneration.init(jnp.asarray(z[0]), config)
-    after, _ = update((generator, None), images[0].astype(np.float32), state, config)
+    image = images[0].astype(np.float32)
+    state = regeneration.init(jnp.asarray(z[0]), image, config)
+    after, _ = update((generator, None), image, state, config)
     matrix = 127.5 * np.asarray(MATRIX, float).T
     targets = 127.5 * np.arctanh(images[0].ravel() / 127.5 - 1)
     ridge = np.linalg.solve(matrix.T @ matrix + 1e5 * np.eye(4), matrix.T @ targets)
@@ -378,8 +440,8 @@ def test_a_generator_that_knows_reverse_mode_only_has_the_same_jacobian(in_targe
     with pytest.raises(TypeError, match="custom_vjp"):  # it really is one
         jax.jvp(lambda z: reverse_only(MATRIX, z), (jnp.zeros((1, 4)),), (jnp.ones((1, 4)),))
     config = RegenerationConfig(targets=in_targets)
-    state = regeneration.init(jnp.asarray([0.3, -0.2, 0.5, 0.1], jnp.float32), config)
     image = images[0].astype(np.float32)
+    state = regeneration.init(jnp.asarray([0.3, -0.2, 0.5, 0.1], jnp.float32), image, config)
     backward = dataclasses.replace(generator, apply=reverse_only)
     (ours, made), (theirs, same) = (
         update((model, None), image, state, config) for model in (backward, generator)
@@ -448,6 +510,7 @@ def test_an_image_of_the_bank_is_found_at_once(own):
     quick = regeneration.regenerate(OURS, own, RNG, config, bank=bank)
     assert quick.proved.all() and (quick.iterations == 1).all()
     np.testing.assert_allclose(quick.latent, latents, atol=0.1)
+    config = dataclasses.replace(config, linearize_every=1)
     zero = regeneration.regenerate(OURS, own, RNG, config)
     assert zero.iterations.min() > 1
 
@@ -560,6 +623,8 @@ def test_weights_that_are_not_finite_are_named(own):
     [
         {"num_starts": 0},
         {"max_iters": 0},
+        {"linearize_every": 0},
+        {"renew_gain": 1.5},
         {"patience": 0},
         {"places": -1},
         {"damping": -1.0},

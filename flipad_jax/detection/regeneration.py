@@ -25,6 +25,9 @@ through the generator, all in one batch),
     where G is darker still has no residual (`residual`).
 *   Every step tries several mu at once. A pass forward costs a d-th of a Jacobian, and a step that
     is rejected would throw a Jacobian away.
+*   A Jacobian serves as long as it is good for something (`linearize_every`, `renew_gain`): after
+    a step along s it becomes, by Broyden's formula, the nearest matrix that maps s to what the
+    residual really did. Steps cost hardly anything then; what they find is held to the same test.
 *   It is not convex, so there are several starts: zero, in the middle of all images, then random
     ones; or first the nearest images of a *bank* of own images with known latents. Pairs of image
     and start fill the places of one compiled batch; a place is free again when its start has
@@ -58,6 +61,7 @@ __all__ = [
     "RegenerationState",
     "check_generator",
     "init",
+    "linearize",
     "make_bank",
     "make_images",
     "regenerate",
@@ -77,7 +81,10 @@ class RegenerationConfig:
 
     Attributes:
       num_starts: per image, at most; an image that was regenerated needs no more.
-      max_iters: steps of one start.
+      max_iters: Jacobians of one start.
+      linearize_every: steps that share a Jacobian, at most; 1 is Levenberg and Marquardt's method.
+      renew_gain: a step that lowers the squared residual by less than this share is the last one
+        with its Jacobian.
       damping: of the first step, relative to the mean of the diagonal of J^T J.
       factors: what the damping is multiplied with in one step, all tried at once.
       targets: whether a search begins in target space.
@@ -85,8 +92,8 @@ class RegenerationConfig:
         than "this dark (bright) or beyond". Rounding asks for 0.5; noise and lossy codecs for as
         much as they move a pixel.
       switch_levels: root mean square error, in grey levels, below which a search goes on in levels.
-      patience: steps with a gain below `min_gain` after which a start is given up; half of it sends
-        a search from targets to levels.
+      patience: steps with a Jacobian of their own and a gain below `min_gain` after which a start
+        is given up; half of it sends a search from targets to levels.
       min_gain: relative decrease of the squared residual that counts as progress; in target space
         three times that.
       start_scale: standard deviation of random starts; below that of the latents, because a start
@@ -104,6 +111,8 @@ class RegenerationConfig:
 
     num_starts: int = 4
     max_iters: int = 120
+    linearize_every: int = 20
+    renew_gain: float = 0.05
     damping: float = 0.1
     factors: tuple[float, ...] = (0.1, 0.5, 3.0, 30.0)
     targets: bool = True
@@ -129,6 +138,11 @@ class RegenerationConfig:
                 f"RegenerationConfig: {self.damping=}, {self.start_scale=} and {self.factors=} "
                 "must be finite and positive"
             )
+        if self.linearize_every < 1 or not 0 <= self.renew_gain <= 1:
+            raise ValueError(
+                f"RegenerationConfig: {self.linearize_every=} must be positive and "
+                f"{self.renew_gain=} in [0, 1]"
+            )
         if not 0 <= self.min_gain < 1 / 3:
             raise ValueError(f"RegenerationConfig: {self.min_gain=} must be in [0, 1/3)")
         if not 0 < self.slack < 127:
@@ -150,12 +164,22 @@ class RegenerationState(NamedTuple):
       damping: `[]` relative to the mean of the diagonal of J^T J.
       in_targets: `[]` bool, whether the residual is that of target space.
       stuck: `[]` int32, steps without progress so far.
+      made: `[h, w, c]` the image of z, in [-1, 1].
+      r: `[D]` its residual.
+      jacobian: `[d, D]` of r at z, transposed, or what Broyden's formula has made of it since.
+      age: `[]` int32, steps since it was computed.
+      due: `[]` bool, whether it has to be computed before the next step.
     """
 
     z: jax.Array
     damping: jax.Array
     in_targets: jax.Array
     stuck: jax.Array
+    made: jax.Array
+    r: jax.Array
+    jacobian: jax.Array
+    age: jax.Array
+    due: jax.Array
 
 
 Model = tuple[TrainedGenerator | LatentGenerator, Processing | None]
@@ -217,11 +241,12 @@ def _residual(made, image, in_targets, slack):
     )
 
 
-def init(z: jax.Array, config: RegenerationConfig) -> RegenerationState:
-    """The state of one start.
+def init(z: jax.Array, image: jax.Array, config: RegenerationConfig) -> RegenerationState:
+    """The state of one start, whose Jacobian is due.
 
     Args:
       z: `[d]` where to start.
+      image: `[h, w, c]` the suspect one; only its shape matters here.
       config: settings.
     """
     return RegenerationState(
@@ -229,6 +254,11 @@ def init(z: jax.Array, config: RegenerationConfig) -> RegenerationState:
         jnp.asarray(config.damping, z.dtype),
         jnp.asarray(config.targets),
         jnp.zeros((), jnp.int32),
+        jnp.zeros(image.shape, z.dtype),
+        jnp.zeros(image.size, z.dtype),
+        jnp.zeros((z.size, image.size), z.dtype),
+        jnp.zeros((), jnp.int32),
+        jnp.asarray(True),
     )
 
 
@@ -248,6 +278,35 @@ def _linearized(function, z):
     return value, tangent
 
 
+def linearize(
+    model: Model, image: jax.Array, state: RegenerationState, config: RegenerationConfig
+) -> RegenerationState:
+    """Image, residual and Jacobian at the state's latent; pure, made to be vmapped.
+
+    Args:
+      model: the generator, and the processing or None.
+      image: `[h, w, c]` float32, whole grey levels.
+      state: from `init` or `update`.
+      config: settings.
+    """
+    made, tangent = _linearized(functools.partial(_image, model), state.z)
+    # A function of each pixel alone: its derivative is a diagonal matrix times the image's.
+    r, slope = jax.jvp(
+        lambda made: _residual(made, image, state.in_targets, config.slack),
+        (made,),
+        (jnp.ones_like(made),),
+    )
+    size = state.z.shape[0]
+    rows = jax.vmap(tangent)(jnp.eye(size, dtype=state.z.dtype))  # one batch of d images
+    return state._replace(
+        made=made,
+        r=r.ravel(),
+        jacobian=(rows * slope).reshape(size, -1),
+        age=jnp.zeros_like(state.age),
+        due=jnp.zeros_like(state.due),
+    )
+
+
 def update(
     model: Model,
     image: jax.Array,
@@ -259,27 +318,19 @@ def update(
     Args:
       model: the generator, and the processing or None.
       image: `[h, w, c]` float32, whole grey levels.
-      state: from `init` or `update`.
+      state: from `linearize`, or from `update` if its Jacobian is not due.
       config: settings.
     Returns:
       the state, and what it makes: `[h, w, c]` float32 whole grey levels.
     """
     size = state.z.shape[0]
-
-    def residual_of(made):
-        return _residual(made, image, state.in_targets, config.slack)
-
-    made, tangent = _linearized(functools.partial(_image, model), state.z)
-    # A function of each pixel alone: its derivative is a diagonal matrix times the image's.
-    r, slope = jax.jvp(residual_of, (made,), (jnp.ones_like(made),))
-    rows = jax.vmap(tangent)(jnp.eye(size, dtype=state.z.dtype))  # one batch of d images
-    rows = (rows * slope).reshape(size, -1)
+    r, jacobian = state.r, state.jacobian
     precision = jax.lax.Precision.HIGHEST
     # Of the latent; the unknowns of a processing are no draws from N(0, 1).
     latent = jnp.arange(size) < model[0].latent_dim
     prior = latent * jnp.where(state.in_targets, config.prior, 0.01 * config.prior)
-    gram = jnp.dot(rows, rows.T, precision=precision) + prior * jnp.eye(size, dtype=rows.dtype)
-    gradient = jnp.dot(rows, r.ravel(), precision=precision) + prior * state.z
+    gram = jnp.dot(jacobian, jacobian.T, precision=precision) + prior * jnp.eye(size, dtype=r.dtype)
+    gradient = jnp.dot(jacobian, r, precision=precision) + prior * state.z
     values, vectors = jnp.linalg.eigh(gram)
     dampings = state.damping * jnp.asarray(config.factors, state.z.dtype)
     # Eigenvectors once, a division for every damping.
@@ -288,30 +339,60 @@ def update(
     steps = (turned / (jnp.maximum(values, 0) + scaled)) @ vectors.T
     candidates = state.z - steps
     tried = jax.vmap(functools.partial(_image, model))(candidates)
-    costs = jax.vmap(lambda x: jnp.square(residual_of(x)).sum())(tried)
-    costs = costs + jnp.square(candidates) @ prior
+    residuals = jax.vmap(
+        lambda made: _residual(made, image, state.in_targets, config.slack).ravel()
+    )(tried)
+    costs = jnp.square(residuals).sum(axis=1) + jnp.square(candidates) @ prior
     costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
     before = jnp.square(r).sum() + jnp.square(state.z) @ prior
     best = jnp.argmin(costs)
     better = costs[best] < before
+    age = state.age + 1
+    own_jacobian = state.age == 0
     min_gain = jnp.where(state.in_targets, 3 * config.min_gain, config.min_gain)
     gained = costs[best] < (1 - min_gain) * before
-    stuck = jnp.where(gained, 0, state.stuck + 1)
-    levels = jnp.clip(jnp.round(_levels(jnp.where(better, tried[best], made))), 0, 255)
+    # A borrowed Jacobian that leads nowhere says nothing about the place.
+    stuck = jnp.where(gained, 0, state.stuck + own_jacobian)
+    made = jnp.where(better, tried[best], state.made)
+    levels = jnp.clip(jnp.round(_levels(made)), 0, 255)
     near = jnp.sqrt(jnp.square(levels - image).mean()) < config.switch_levels
     switch = state.in_targets & (near | (stuck >= -(-config.patience // 2)))
-    damping = jnp.clip(jnp.where(better, dampings[best], dampings.max()), 1e-8, 1e8)
+    rejected = jnp.where(own_jacobian, dampings.max(), state.damping)
+    damping = jnp.clip(jnp.where(better, dampings[best], rejected), 1e-8, 1e8)
+    # Broyden: the least change after which the matrix says what the step has shown.
+    step = candidates[best] - state.z
+    unforeseen = residuals[best] - r - step @ jacobian
+    changed = jacobian + jnp.outer(step, unforeseen) / jnp.maximum(step @ step, 1e-30)
+    slow = ~(costs[best] < (1 - config.renew_gain) * before)
     state = RegenerationState(
         z=jnp.where(better, candidates[best], state.z),
         # It is near: a step in levels begins almost undamped.
         damping=jnp.where(switch, jnp.minimum(config.damping, 1e-2), damping),
         in_targets=state.in_targets & ~switch,
         stuck=jnp.where(switch, 0, stuck),
+        made=made,
+        r=jnp.where(better, residuals[best], r),
+        jacobian=jnp.where(better, changed, jacobian),
+        age=age,
+        due=slow | switch | (age >= config.linearize_every),
     )
     return state, levels
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
+def _linearize_due(model, images, states, config):
+    """A Jacobian for every place whose own is due."""
+    fresh = jax.vmap(functools.partial(linearize, config=config), in_axes=(None, 0, 0))(
+        model, images, states
+    )
+    return jax.tree.map(
+        lambda new, old: jnp.where(states.due.reshape(-1, *[1] * (old.ndim - 1)), new, old),
+        fresh,
+        states,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
 def _update_all(model, images, states, config):
     """A step of every place; the errors that decide whether it was the last one."""
     step = functools.partial(update, config=config)
@@ -390,7 +471,7 @@ class Regenerated(NamedTuple):
       equations: `[n]` int, pixels whose level is not cut off at 0 or 255.
       proved: `[n]` bool, both within what the settings allow.
       starts: `[n]` int, starts that were made.
-      iterations: `[n]` int, steps over all of them.
+      iterations: `[n]` int, Jacobians over all of them.
       replayed: n words on what was replayed, empty if nothing was.
     """
 
@@ -511,6 +592,7 @@ def regenerate(
 
 
 _POLISH_STEPS = 10
+_POLISH_EVERY = 5  # of them with one Jacobian
 
 
 def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: Regenerated):
@@ -525,13 +607,24 @@ def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: 
         filled = np.concatenate([indices, np.full(places - len(indices), indices[0])])
         z = np.concatenate([best.latent[filled], best.unknowns[filled]], axis=1)
         asked = jnp.asarray(images[filled], jnp.float32)
-        states = jax.vmap(functools.partial(init, config=config))(jnp.asarray(z))
-        for _ in range(_POLISH_STEPS):
+        states = _init_all(jnp.asarray(z), asked, config)
+        for number in range(_POLISH_STEPS):
+            if number % _POLISH_EVERY == 0:
+                states = _linearize_due(model, asked, _all_due(states), config)
             states, rmse, largest = _update_all(model, asked, states, config)
         found, rmse, largest = jax.device_get((states.z, rmse, largest))
         for place, index in enumerate(indices):
             if _is_proved(rmse[place], largest[place], config):
                 best.latent[index], best.unknowns[index] = np.split(found[place], [size])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init_all(z: jax.Array, images: jax.Array, config: RegenerationConfig) -> RegenerationState:
+    return jax.vmap(functools.partial(init, config=config))(z, images)
+
+
+def _all_due(states: RegenerationState) -> RegenerationState:
+    return states._replace(due=jnp.ones_like(states.due))
 
 
 def _num_places(config: RegenerationConfig) -> int:
@@ -715,7 +808,7 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
     settled = np.zeros(count, bool)
     enough = -np.inf if model[1] is None else model[1].enough
     decided = 0
-    states, asked = None, None
+    states, asked, due = None, None, None
     while True:
         fresh = _refill(queue, running, settled, places)
         if fresh:
@@ -726,20 +819,25 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
                 starts[place] = start_at(index, number)
                 best.starts[index] += 1
             asked = jnp.array(shown)  # a copy, moved when it changes and not in every step
-            states = _enter(starts, states, [place for place, _ in fresh], config)
+            states = _enter(starts, asked, states, [place for place, _ in fresh], config)
+            due = np.asarray(states.due)
         if not any(running):
             break
+        taken = [pair is not None for pair in running]
+        counts = due & taken
+        if counts.any():
+            states = _linearize_due(model, asked, states, config)
+        left -= counts
         states, rmse, largest = _update_all(model, asked, states, config)
-        rmse, largest, stuck, in_targets = jax.device_get(
-            (rmse, largest, states.stuck, states.in_targets)
+        rmse, largest, stuck, in_targets, due = jax.device_get(
+            (rmse, largest, states.stuck, states.in_targets, states.due)
         )
         z = None
         for place, pair in enumerate(running):
             if pair is None:
                 continue
             index = pair[0]
-            left[place] -= 1
-            best.iterations[index] += 1
+            best.iterations[index] += counts[place]
             done = _is_proved(rmse[place], largest[place], config)
             # A proof is kept, and nothing takes its place that is none.
             if done > best.proved[index] or (
@@ -750,7 +848,7 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
                 best.rmse[index], best.largest[index] = rmse[place], largest[place]
             best.proved[index] |= done
             given_up = not in_targets[place] and stuck[place] >= config.patience
-            if done or left[place] == 0 or given_up:
+            if done or given_up or (left[place] == 0 and due[place]):
                 running[place] = None
                 remaining[index] -= 1
                 # It came to rest as near as what is not modelled lets it.
@@ -779,9 +877,15 @@ def _refill(
     return fresh
 
 
-def _enter(starts: np.ndarray, states, entering: list[int], config) -> RegenerationState:
+def _enter(
+    starts: np.ndarray,
+    images: jax.Array,
+    states: RegenerationState | None,
+    entering: list[int],
+    config: RegenerationConfig,
+) -> RegenerationState:
     """New states in the places that are entered, the others as they were."""
-    new = jax.vmap(functools.partial(init, config=config))(jnp.array(starts))
+    new = _init_all(jnp.array(starts), images, config)
     if states is None:
         return new
     mask = np.zeros(len(starts), bool)
