@@ -117,7 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "robust_steps": 8,
     },
     # Keys of all frequencies do not survive a blur at C = 10, whatever the training (WORKSPACE.md).
-    "demo": {"key_bandwidth": 8, "qualities": (10.0,)},
+    "demo": {"key_bandwidth": 6, "qualities": (10.0,)},
     # C = 10 with 20 models is Table 2; --qualities=10,100,1000 --num_users=5 Tables 5 and 6.
     "paper": {
         **_keyed.PAPER,

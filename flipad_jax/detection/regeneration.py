@@ -808,7 +808,7 @@ def _search(model, images, start_at, config, best: Regenerated, progress) -> Non
     settled = np.zeros(count, bool)
     enough = -np.inf if model[1] is None else model[1].enough
     decided = 0
-    states, asked, due = None, None, None
+    states, asked, due = None, None, np.zeros(places, bool)
     while True:
         fresh = _refill(queue, running, settled, places)
         if fresh:
