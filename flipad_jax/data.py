@@ -53,6 +53,9 @@ __all__ = [
 
 NAMES = ("digits", "photos")
 SPLITS = ("train", "validation", "test")
+# The formats of these extensions, whatever a file is called, and the plain one of Netpbm. Pillow
+# knows more, and runs another program, Ghostscript, to draw some of them.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 # How many crops of the photographs a split has when no number is asked for; any number can be.
@@ -795,7 +798,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 if not header:
                     raise _Unusable("empty file")
                 file.seek(0)
-                with Image.open(file) as image:
+                with Image.open(file, formats=_FORMATS) as image:
                     reason = _why_unusable(image, header)
                     if reason:
                         raise _Unusable(reason)
