@@ -561,7 +561,8 @@ def _say_error(error: BaseException) -> str:
 def _flagfiles(argv: Sequence[str]) -> str:
     """Where else than on the command line a refused setting may stand."""
     files = [word.partition("=")[2] for word in argv if re.match("--?flagfile=", word)]
-    return f" (settings are also read from {', '.join(files)})" if files else ""
+    names = " ".join(", ".join(files).split())
+    return f" (settings are also read from {names})" if files else ""
 
 
 def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:

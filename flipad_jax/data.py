@@ -644,7 +644,7 @@ def iter_images(
     return decode_all()
 
 
-def decode_image(
+def decode_image(  # noqa: DOC501 - what it raises it catches
     path: str | os.PathLike, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray | None, str | None]:
     """Reads one image file by the rules of `read_images`.
@@ -688,6 +688,8 @@ def write_images(folder: str | os.PathLike, images: Any) -> list[pathlib.Path]:
       images: `[n, h, w, 1 or 3]`, uint8, or float in [-1, 1] (rounded by `to_uint8`).
     Returns:
       The paths, in the order of the images.
+    Raises:
+      ValueError: for what `check_images` refuses, or another number of channels.
     """
     images = check_images(images)
     if images.shape[-1] not in (1, 3):

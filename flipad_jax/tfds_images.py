@@ -150,7 +150,7 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
 
 
 def _check_features(folder: pathlib.Path) -> None:
-    """Refuse a description that names code: TFDS imports the module of every class that it names."""
+    """Refuse a description that names code: TFDS imports the module of every class in it."""
 
     def check(tree: Any) -> None:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):

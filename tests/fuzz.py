@@ -7,8 +7,8 @@
 A target is a reader, some good files for it, and what it may raise. A case is a number: it decides
 which good file is taken, how it is changed and what it is called, so that every finding can be made
 again. A worker process reads one case after the other, with a bound on its memory and under an
-audit hook that notices unpickling, processes, network and code that comes from elsewhere. What takes
-the worker too long, or kills it, is a finding like the others.
+audit hook that notices unpickling, processes, network and code from elsewhere. What takes the
+worker too long, or kills it, is a finding like the others.
 """
 
 import argparse
@@ -89,6 +89,7 @@ _TOKENS = (
     b"[" * 100_000, b'{"a":' * 50_000, b'"../../../../etc/passwd"', b'"\\ud800"', b'"\\u0000"',
     b"99999999999999999999", b"0.5", b"[[[1]]]", f'"{CANARY}.Canary"'.encode(),
 )  # fmt: skip
+_NPY = b"\x93NUMPY\x01\0\x76\0"
 _FOREIGN = (
     b"",
     b"\0" * 1000,
@@ -97,8 +98,8 @@ _FOREIGN = (
     b"\x80\x02cposix\nsystem\nq\0X\x04\0\0\0trueq\1\x85q\2Rq\3.",
     f"c{CANARY}\nCanary\n.".encode(),
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
-    b"\x93NUMPY\x01\0\x76\0{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807,), }",
-    b"\x93NUMPY\x01\0\x76\0{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"N.",
+    _NPY + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807,)}",
+    _NPY + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}".ljust(118) + b"N.",
     b"RIFF\xff\xff\xff\xffWEBPVP8 ",
     b"P6\n99999 99999\n255\n",
     b"\xff" * 64,
@@ -532,12 +533,16 @@ def _read_checkpoint(path: Path) -> None:
 def _zoo_seeds(folder: Path) -> dict[str, Path]:
     import jax
 
-    from flipad_jax.generators import sampling, training, zoo
+    from flipad_jax.generators import zoo
+    from flipad_jax.generators.sampling import TrainedGenerator
 
     entry = {"family": "dcgan", "image_shape": [8, 8, 1], "latent_dim": 3, "features": [2]}
-    gan = zoo.make("dcgan", (8, 8, 1), latent_dim=3, features=(2,), discriminator_features=(2,))
-    state = training.init(gan, jax.random.key(0))
-    zoo.save_file(folder / "g.safetensors", sampling.from_state(gan, state), entry)
+    gan = zoo.make("dcgan", (8, 8, 1), latent_dim=3, features=(2,))
+    latent = np.zeros((1, 3), np.float32)
+    shapes = jax.eval_shape(gan.generator.init, jax.random.key(0), latent)
+    weights = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    generator = TrainedGenerator(weights, gan.generator, (8, 8, 1), 3)
+    zoo.save_file(folder / "g.safetensors", generator, entry)
     return {"g.safetensors": folder / "g.safetensors"}
 
 
@@ -629,39 +634,50 @@ def _read_registry(path: Path) -> None:
 
 
 def _bundle_seeds(folder: Path) -> dict[str, Path]:
-    import jax
-
     import flipad_jax
-    from flipad_jax import data, linops
-    from flipad_jax.detection.deepsad import DeepSADConfig
-    from flipad_jax.detection.one_class import OneClassConfig
-    from flipad_jax.inversion.final_layer import forward
+    from flipad_jax import AttributorConfig, linops
+    from flipad_jax.detection import attributor, deepsad, features, one_class
 
     draw = np.random.default_rng(0)
-    kernel = (0.2 * draw.standard_normal((4, 4, 3, 3))).astype(np.float32)
-    z = np.maximum(draw.standard_normal((120, 6, 6, 3)), 0).astype(np.float32)
-    op = linops.conv_transpose(kernel, (6, 6, 3), strides=2, padding=1)
-    layer = flipad_jax.FinalLayer(op, None)
-    own = data.to_uint8(np.asarray(jax.vmap(lambda z: forward(layer, z))(z)))
-    configs = {
-        "ours": flipad_jax.AttributorConfig(one_class=OneClassConfig(num_components=5)),
-        "deep": flipad_jax.AttributorConfig(
-            detector="deepsad",
-            deepsad=DeepSADConfig(widths=(4, 4), rep_dim=4, epochs=1, batch_size=16),
+
+    def array(*shape: int) -> Any:
+        return draw.standard_normal(shape).astype(np.float32)
+
+    op = linops.conv_transpose(array(4, 4, 3, 3), (6, 6, 3), strides=2, padding=1)
+    scores = np.sort(draw.random(30))
+    one = one_class.OneClass(
+        array(108),
+        array(108, 5),
+        one_class.Gaussian(array(6), array(6, 6)),
+        one_class.Gaussian(array(4), array(4, 4)),
+        array(3, 30),
+        None,
+        (6, 6, 3),
+        one_class.OneClassConfig(num_components=5),
+    )
+    config = deepsad.DeepSADConfig(widths=(4,), rep_dim=4)
+    deep = attributor.DeepSADDetector(
+        features.FittedFeatures(
+            array(6, 6, 3), array(6, 6, 3), None, features.preset("activations"), (6, 6, 3)
         ),
+        deepsad.DeepSAD(
+            {"Conv_0": {"kernel": array(5, 5, 3, 4)}},
+            {"BatchNorm_0": {"mean": array(4), "var": array(4)}},
+            array(4),
+            config,
+            (6, 6, 3),
+        ),
+    )
+    made = {
+        "ours": (one, AttributorConfig(one_class=one.config)),
+        "deep": (deep, AttributorConfig(detector="deepsad", deepsad=config)),
     }
-    others = draw.integers(0, 256, own.shape, dtype=np.uint8)
-    for name, config in configs.items():
-        fitted = flipad_jax.fit(
-            layer,
-            z.mean(0),
-            own,
-            rng=jax.random.key(0),
-            config=config,
-            real=others if name == "deep" else None,
-        )
+    profile = attributor.ActivationProfile(array(6, 6, 3), array(6, 6, 3), 30)
+    for name, (detector, settings) in made.items():
+        layer = flipad_jax.FinalLayer(op, array(3))
+        fitted = attributor.Attributor(layer, array(6, 6, 3), detector, scores, settings, profile)
         flipad_jax.save(fitted, folder / name)
-    return {name: folder / name for name in configs}
+    return {name: folder / name for name in made}
 
 
 def _read_bundle(path: Path) -> None:
@@ -882,14 +898,15 @@ def make(target: str, number: int, seed: int, seeds: Mapping[str, Path], folder:
     return path
 
 
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
-              "subprocess.Popen", "pickle.find_class", "socket.connect", "socket.bind",
-              "socket.getaddrinfo", "socket.sendto", "urllib.Request", "os.startfile",
-              "shutil.unpack_archive", "os.putenv", "os.chmod", "os.symlink", "os.link")  # fmt: skip
+_FORBIDDEN = (
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.putenv",
+    "os.chmod", "os.symlink", "os.link", "subprocess.Popen", "pickle.find_class", "urllib.Request",
+    "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "shutil.unpack_archive",
+)  # fmt: skip
 
 
 class _Watch:
-    """What a reader did that no reader may do, noticed by an audit hook (which cannot be removed)."""
+    """What a reader did that no reader may do; the hook that notices it cannot be removed."""
 
     def __init__(self, home: Path) -> None:
         self.on = False
