@@ -83,7 +83,7 @@ SHAPES = {
 
 def load_file(path, num_images):
     """Layer, z_bar, own and real images of an npz file."""
-    with np.load(path) as arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         operator = linops.conv_transpose(
             arrays["kernel"],
             arrays["mean_activation"].shape,

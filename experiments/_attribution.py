@@ -432,9 +432,9 @@ def _kept(
     path = Path(workdir) / "attributors" / question.name
     try:
         facts = json.loads(path.with_name(f"{question.name}.json").read_text())
-    except (OSError, json.JSONDecodeError):  # None was made, or its run was killed before the end.
+    except (OSError, ValueError, RecursionError):  # None was made, or the file is damaged.
         return None
-    commit = facts.pop("commit", None)
+    commit = facts.pop("commit", None) if isinstance(facts, dict) else None
     if not workdir or facts != made_by:
         return None
     if commit != question.record.commit:

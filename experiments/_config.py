@@ -38,6 +38,7 @@ import math
 import os
 import pkgutil
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -557,6 +558,13 @@ def _say_error(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def _flagfiles(argv: Sequence[str]) -> str:
+    """Where else than on the command line a refused setting may stand."""
+    files = [word.partition("=")[2] for word in argv if re.match("--?flagfile=", word)]
+    names = " ".join(", ".join(files).split())
+    return f" (settings are also read from {names})" if files else ""
+
+
 def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
     """Run the experiment that the command line names.
 
@@ -574,7 +582,7 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
     except _USER_ERRORS as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {_say_error(error)}", file=sys.stderr)
+        print(f"error: {_say_error(error)}{_flagfiles(argv)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

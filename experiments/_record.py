@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -320,8 +319,7 @@ class Run:
             if meta["sha256"] != _digest(arrays):
                 raise ValueError("its checksum differs")
             return arrays, {key: meta[key] for key in ("seconds", "commit", "warnings")}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            # NumPy and zipfile report damage in all of these ways, depending on the byte hit.
+        except Exception as error:  # What NumPy and zipfile raise depends on the byte hit.
             self.warn(f"stages/{path.name} is damaged and is computed again ({_one_line(error)})")
             return None
 
@@ -371,7 +369,7 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     """What a complete run wrote; None where results.json is missing or cannot be read."""
     try:
         results = json.loads((workdir / "results.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return results if isinstance(results, dict) and "metrics" in results else None
 

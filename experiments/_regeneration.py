@@ -60,7 +60,10 @@ def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dic
         if name.endswith(".safetensors") and zoo.is_record(name):
             return zoo.load_file(name), zoo.record_file(name)
         arrays = interop.read_arrays(name)
-        return torch_generators.from_arrays(arrays, convention=convention), {}
+        try:
+            return torch_generators.from_arrays(arrays, convention=convention), {}
+        except ValueError as error:
+            raise ValueError(f"--generator={name}: {error}") from error
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(

@@ -263,6 +263,22 @@ def _decide(attributor: Attributor, block: list[Judged], fnr: float) -> list[Row
     ]
 
 
+def _is_written(judged: Judged) -> bool:
+    """Whether every value is of a kind that is written: the file may be damaged."""
+    texts = (judged.path, judged.doubt, judged.reason)
+    numbers = (judged.score, judged.relative_gap)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(judged.sha256, str | None)
+        and all(number is None or _is_finite(number) for number in numbers)
+        and isinstance(judged.converged, bool)
+    )
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, float) and bool(np.isfinite(number))
+
+
 class _ScoreLog:
     """Scores that are known, on disk: a line per file below a line that names the attributor."""
 
@@ -278,7 +294,9 @@ class _ScoreLog:
             for line in lines[1:-1]:
                 try:
                     judged = Judged(**json.loads(line))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
+                    break
+                if not _is_written(judged):
                     break
                 complete.append(line)
                 self.known[judged.path, judged.sha256] = judged

@@ -206,11 +206,13 @@ def _read_array(path: str) -> np.ndarray:
     if not os.path.isfile(path):
         raise UsageError(f"--mean_activation={path} is not a file")
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # Of this format alone: `numpy.load` also opens archives.
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # What a damaged file makes NumPy stumble over is its guess.
         raise UsageError(
-            f"--mean_activation={path} is no .npy file of numbers ({error}); write it with "
-            "numpy.save"
+            f"--mean_activation={path} is no .npy file of numbers "
+            f"({' '.join(str(error).split()) or type(error).__name__}); write it with numpy.save"
         ) from None
 
 

@@ -20,7 +20,10 @@ def _manager(directory: str | os.PathLike):
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(os.path.abspath(directory), options=options)
+    try:
+        return ocp.CheckpointManager(os.path.abspath(directory), options=options)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"a checkpoint in {directory} is damaged: {error}") from error
 
 
 def _is_key(leaf: Any) -> bool:
@@ -71,7 +74,7 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> tuple[int, An
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(template))
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"checkpoint {step} in {directory} is not of this model: {error}"
             ) from error

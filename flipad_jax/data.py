@@ -53,6 +53,9 @@ __all__ = [
 
 NAMES = ("digits", "photos")
 SPLITS = ("train", "validation", "test")
+# The formats of these extensions, whatever a file is called, and the plain one of Netpbm. Pillow
+# knows more, and runs another program, Ghostscript, to draw some of them.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 # How many crops of the photographs a split has when no number is asked for; any number can be.
@@ -641,7 +644,7 @@ def iter_images(
     return decode_all()
 
 
-def decode_image(
+def decode_image(  # noqa: DOC501 - what it raises it catches
     path: str | os.PathLike, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray | None, str | None]:
     """Reads one image file by the rules of `read_images`.
@@ -685,6 +688,8 @@ def write_images(folder: str | os.PathLike, images: Any) -> list[pathlib.Path]:
       images: `[n, h, w, 1 or 3]`, uint8, or float in [-1, 1] (rounded by `to_uint8`).
     Returns:
       The paths, in the order of the images.
+    Raises:
+      ValueError: for what `check_images` refuses, or another number of channels.
     """
     images = check_images(images)
     if images.shape[-1] not in (1, 3):
@@ -795,7 +800,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
                 if not header:
                     raise _Unusable("empty file")
                 file.seek(0)
-                with Image.open(file) as image:
+                with Image.open(file, formats=_FORMATS) as image:
                     reason = _why_unusable(image, header)
                     if reason:
                         raise _Unusable(reason)

@@ -22,7 +22,7 @@ __all__ = ["is_folder", "load"]
 
 _FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _MAGIC = 0x00000803  # unsigned bytes, three dimensions
-_MOST_BYTES = 2**34
+_MOST_EXPANDED = 1032  # times as long as what it was packed into: no deflate stream is longer
 
 
 def _find(folder: str | os.PathLike, which: str) -> str | None:
@@ -101,8 +101,13 @@ def _read(path: str) -> np.ndarray:
                 raise ValueError(f"{path} is no IDX file of 8-bit images")
             count, height, width = (int.from_bytes(header[i : i + 4]) for i in (4, 8, 12))
             promised = count * height * width
-            if not 0 < promised <= _MOST_BYTES:
-                raise ValueError(f"{path} promises {count} images of {height} x {width}")
+            # Before memory is taken for what cannot be there.
+            expanded = _MOST_EXPANDED if path.endswith(".gz") else 1
+            if not 0 < promised <= expanded * os.path.getsize(path):
+                raise ValueError(
+                    f"{path} promises {count} images of {height} x {width}, "
+                    f"and has {os.path.getsize(path)} bytes"
+                )
             # One byte more than promised would show that the header is not of this file.
             content = file.read(promised + 1)
     except (OSError, EOFError, zlib.error) as error:

@@ -21,7 +21,9 @@ counts is what the folder of a set says of itself.
 
 import difflib
 import io
+import json
 import os
+import pathlib
 import re
 import shlex
 from typing import Any, Iterator
@@ -110,18 +112,23 @@ def _prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
     from tensorflow_datasets.core import file_adapters, read_only_builder, registered
 
     folder = os.path.expanduser(os.fspath(data_dir)) if data_dir else None
+    where = folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
+        _check_features(pathlib.Path(where).expanduser() / re.split("[/:]", name)[0])
         # Not `tfds.builder`, which takes the code of the set and knows no version but that.
         builder = read_only_builder.builder_from_files(name, data_dir=folder)
     except registered.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         if re.split("[/:]", name)[0] not in known:
             raise _unknown(name, known) from None
-        where = folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         raise ValueError(
             f"{name} is a set of TensorFlow Datasets that is not prepared in {where}; "
             f"{_how_to_prepare(name, folder)}"
         ) from None
+    except Exception as error:  # What damaged descriptions make TFDS stumble over is its guess.
+        raise ValueError(
+            f"{name} in {where} cannot be read, prepare it once more: {data._one_line(error)}"
+        ) from error
     formats = builder.info.available_file_formats()
     if file_adapters.FileFormat.ARRAY_RECORD not in formats:
         found = ", ".join(sorted(format.value for format in formats))
@@ -140,6 +147,21 @@ def _how_to_prepare(name: str, data_dir: str | None) -> str:
         "to prepare it, which downloads it and takes TensorFlow once: "
         f"pip install 'flipad_jax[prepare]' && {shlex.join(build)}"
     )
+
+
+def _check_features(folder: pathlib.Path) -> None:
+    """Refuse a description that names code: TFDS imports the module of every class in it."""
+
+    def check(tree: Any) -> None:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if isinstance(value, dict | list):
+                check(value)
+            elif key in ("type", "pythonClassName", "python_class_name"):
+                if not str(value).startswith("tensorflow_datasets."):
+                    raise ValueError(f"features.json names {value!r}, which is none of TFDS's own")
+
+    for path in sorted(folder.rglob("features.json")):
+        check([json.loads(path.read_bytes())])
 
 
 def _unknown(name: str, known: list[str]) -> ValueError:

@@ -121,14 +121,20 @@ def load(path: str | os.PathLike) -> Attributor:
     settings = describe(path)
     content = _read(path, _ARRAYS)
     try:
-        if hashlib.sha256(content).hexdigest() != settings["files"][_ARRAYS]:
-            raise ValueError(
-                f"{os.fspath(path)}: {_ARRAYS} is damaged or not the file that {_SETTINGS} was "
-                "written with; fit the attributor again or restore the folder from a copy"
-            )
-        return _assemble(settings, load_arrays(content))
+        same = hashlib.sha256(content).hexdigest() == settings["files"][_ARRAYS]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} is not an attributor: {error}") from error
+    if not same:
+        raise ValueError(
+            f"{os.fspath(path)}: {_ARRAYS} is damaged or not the file that {_SETTINGS} was "
+            "written with; fit the attributor again or restore the folder from a copy"
+        )
+    try:
+        return _assemble(settings, load_arrays(content))
+    except Exception as error:  # Whatever an attributor's parts say to what no `save` wrote.
+        raise ValueError(
+            f"{os.fspath(path)} is not an attributor: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     name = os.fspath(path)
     try:
         settings = json.loads(_read(path, _SETTINGS))
-    except ValueError as error:  # JSON, or its bytes
+    except (ValueError, RecursionError) as error:  # JSON, or its bytes
         raise ValueError(
             f"{name}: {_SETTINGS} is damaged ({error}); restore the folder from a copy"
         ) from error

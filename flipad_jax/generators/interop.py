@@ -90,6 +90,7 @@ _MISMATCH_IMAGES = 1000
 _MISMATCH_PIXELS = 1024
 _IMAGES_PER_IMPOSTOR = 128
 _NOTES_NAMES = 8  # names listed in an error
+_MOST_VISITS = 100_000  # dictionaries, lists and leaves in a file of weights
 
 
 class LoadedLayer(NamedTuple):
@@ -188,15 +189,24 @@ def _at_least_float32(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.itemsize >= 4 else array.astype(np.float32)
 
 
-def _flatten(tree: Any, separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Any, separator: str) -> Iterator[tuple[str, Any]]:
     """Leaves of nested dictionaries and lists, with their joined names."""
-    if isinstance(tree, (list, tuple)):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, Mapping):
-        yield prefix, tree
-        return
-    for name, value in tree.items():
-        yield from _flatten(value, separator, f"{prefix}{separator}{name}" if prefix else str(name))
+    visits = 0
+
+    def flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        nonlocal visits
+        visits += 1
+        if visits > _MOST_VISITS:  # A few bytes can name a list that holds another one twice, ...
+            raise _Refused(f"it holds more than {_MOST_VISITS} entries")
+        if isinstance(tree, (list, tuple)):
+            tree = dict(enumerate(tree))
+        if not isinstance(tree, Mapping):
+            yield prefix, tree
+            return
+        for name, value in tree.items():
+            yield from flatten(value, f"{prefix}{separator}{name}" if prefix else str(name))
+
+    return flatten(tree, "")
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -209,7 +219,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        # A member that is no array comes as its bytes.
+        found = {name: file[name] for name in file.files}
+    return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -232,10 +244,19 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             "it is damaged, or holds more than weights, and reading that would run code from the "
             "file; save it with torch.save(module.state_dict(), ...) or as safetensors"
         ) from None
-    return {
-        name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+    tensors = {
+        name: tensor
         for name, tensor in _flatten(content, ".")
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
+    # With strides of 0 a tensor can have any size and no memory, until it is worked with.
+    most = max(path.stat().st_size, 1 << 20)
+    for name, tensor in tensors.items():
+        if tensor.numel() > most:
+            raise _Refused(f"{name} claims {tensor.numel()} numbers, more than the file has bytes")
+    return {
+        name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).numpy()
+        for name, tensor in tensors.items()
     }
 
 
@@ -261,7 +282,8 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
             content = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
             )
-        arrays |= {k: v for k, v in _flatten(content, "/", item) if isinstance(v, np.ndarray)}
+        tree = {item: content} if item else content
+        arrays |= {k: v for k, v in _flatten(tree, "/") if isinstance(v, np.ndarray)}
     return arrays
 
 

@@ -259,8 +259,8 @@ def train(
       num_steps: generator updates. An epoch of the paper is `n // (batch_size *
         discriminator_steps)` of them.
       batch_size: the paper's 128 by default.
-      checkpoint_dir: where to save every `checkpoint_every` steps and at the end, and where to go
-        on from.
+      checkpoint_dir: where to save, and where to go on from.
+      checkpoint_every: steps between two checkpoints; another is made at the end.
       report_every: steps between two looks at the losses, each of which waits for the device.
       progress: called with the steps made so far and the mean losses, `[s]` each, since the last
         call.

@@ -150,7 +150,11 @@ def load(path: str | os.PathLike) -> Registry:
             _checked(folder / ledger["keys"]["file"], ledger["keys"]["sha256"])
             keys = user_keys.load(folder / ledger["keys"]["file"])[0]
         facts = ledger["facts"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / _LEDGER} is not that of a registry: {error}") from error
+    try:
+        check_names((), [user.name for user in users])  # they name files
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / _LEDGER} is not that of a registry: {error}") from error
     if len(keys) != len(users) or keys.shape[1:] != root.image_shape:
         raise ValueError(
@@ -314,7 +318,7 @@ def _read(folder: Path) -> dict[str, Any]:
         claimed = ledger.pop("sha256")
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no registry: {_LEDGER} is not there") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{folder / _LEDGER} is damaged ({error}); restore the folder from a copy"
         ) from error

@@ -475,12 +475,15 @@ def load(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
             metadata = file.metadata() or {}
             keys = file.get_tensor("keys")
         version, facts = int(metadata["format"]), json.loads(metadata["facts"])
-    except (SafetensorError, KeyError, json.JSONDecodeError, ValueError) as error:
+        if not isinstance(facts, dict):
+            raise ValueError(f"its facts are {type(facts).__name__}, expected them by name")
+        if version <= FORMAT:
+            attributability.check_keys(keys)
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} holds no keys of a registry: {error}") from error
     if version > FORMAT:
         raise ValueError(
             f"{os.fspath(path)} is of format {version}, this version knows up to {FORMAT}: update "
             "flipad_jax"
         )
-    attributability.check_keys(keys)
     return keys, facts

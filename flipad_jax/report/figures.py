@@ -82,6 +82,8 @@ def image_grid(
         `num_columns` images are shown.
       num_columns: images per row.
       title: above the rows.
+    Raises:
+      ValueError: without a source, or for images of several sizes or of another kind.
     """
     if not images_by_source:
         raise ValueError("image_grid needs at least one source")
@@ -147,6 +149,8 @@ def average_activations(
         has no mean of.
       channels: numbers of the k channels, for the labels.
       counts: how many images each average is taken over, for the labels.
+    Raises:
+      ValueError: for maps of several shapes, or another number of channels than of `channels`.
     """
     maps = {} if z_bar is None else {"mean activation z\u0304": np.asarray(z_bar)}
     for source, values in channel_maps.items():
@@ -214,6 +218,8 @@ def score_histograms(
       fnr: the rate that the threshold was chosen for, for the label.
       own_name: how own images are called.
       num_bins: number of bins over the whole axis.
+    Raises:
+      ValueError: without a rival.
     """
     if not rivals:
         raise ValueError("score_histograms needs at least one rival")
@@ -318,6 +324,8 @@ def roc_curves(
       log_x: draw the share of rejected own images logarithmically, from 1 / n on. A curve begins
         at the left border with what is rejected while no own image is.
       fnr: a rate to mark.
+    Raises:
+      ValueError: without a detector or a rival.
     """
     names: list[str] = []
     for _, rivals in scores.values():
@@ -435,6 +443,8 @@ def accuracy_chart(
       intervals: `(low, high)` in the same layout.
       interval_name: what the intervals are, for the label.
       title: above the chart.
+    Raises:
+      ValueError: without a detector or a rival.
     """
     if not accuracy or not any(accuracy.values()):
         raise ValueError("accuracy_chart needs at least one detector and one rival")

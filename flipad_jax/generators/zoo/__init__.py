@@ -111,7 +111,14 @@ def load_file(path: str | os.PathLike) -> TrainedGenerator:
     """
     entry = record_file(path)
     with open(path, "rb") as file:
-        return _build(entry, file.read())
+        content = file.read()
+    try:
+        return _build(entry, content)
+    except Exception as error:  # Whatever a family says to a record that no `save_file` wrote.
+        raise ValueError(
+            f"{os.fspath(path)} is not a generator saved by flipad_jax: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def is_record(path: str | os.PathLike) -> bool:
@@ -136,9 +143,17 @@ def record_file(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             metadata = file.metadata() or {}
-        return json.loads(metadata["generator"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a generator saved by flipad_jax: {error}") from error
+        entry = json.loads(metadata["generator"])
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is not a generator saved by flipad_jax: {error}"
+        ) from error
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"{os.fspath(path)} is not a generator saved by flipad_jax: its record is "
+            f"{type(entry).__name__}, expected settings by name"
+        )
+    return entry
 
 
 def save_file(
