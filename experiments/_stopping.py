@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["PATIENCE", "Stopped", "asked", "check", "held", "listening"]
+__all__ = ["EXIT_CODE", "Stopped", "asked", "check", "held", "listening"]
 
 PATIENCE = 20.0  # seconds that a loop gets to come to its next question
 _RECENT = 60.0  # seconds for which a question says that there is such a loop
@@ -38,6 +38,10 @@ class _Signal:
     """What is known of the signal in this process."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As before any signal."""
         self.came = False
         self.last_question = -float("inf")
         self.num_held = 0
@@ -116,12 +120,13 @@ if hasattr(os, "register_at_fork"):
 def listening() -> Iterator[None]:
     """Inside, SIGTERM is a request. Does nothing outside the main thread.
 
-    Enter it after `jax.distributed.initialize`, which takes the signal for itself.
+    `jax.distributed.initialize` would take the signal for itself, unless its preemption service is
+    off.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _signal.__init__()  # type: ignore[misc]
+    _signal.forget()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader,), daemon=True, name="SIGTERM")
