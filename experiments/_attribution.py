@@ -368,7 +368,8 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     config = _attributor_config(method, settings, count)
     made_by = _made_by(question, config, count)
     path = question.record.workdir / "attributors" / question.name
-    fitted = _kept(settings.reuse, question, made_by)
+    fitted = _reused(settings.reuse, question, made_by)
+    kept = question.record.kept(question.name)
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
         if fitted is None:
@@ -388,6 +389,7 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
                 impostors=changed,
                 config=config,
                 progress=progress,
+                kept=kept,
             )
         bundle.save(fitted, path)
         facts = {**made_by, "commit": question.record.commit}
@@ -395,8 +397,12 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
             path.with_name(f"{question.name}.json"), json.dumps(facts, indent=1) + "\n"
         )
         seconds = time.monotonic() - start
+
+        def scores_of(images):
+            return {"score": attribution.score_with_info(fitted, images, progress=progress).score}
+
         scores = {
-            source: attribution.score_with_info(fitted, images, progress=progress).score
+            source: kept.part(f"scores-{source}", functools.partial(scores_of, images))["score"]
             for source, images in question.sources.items()
         }
     return {
@@ -425,7 +431,7 @@ def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[
     }
 
 
-def _kept(
+def _reused(
     workdir: str, question: _Question, made_by: dict[str, Any]
 ) -> attribution.Attributor | None:
     """The attributor of another run, if there is one and it was made by the same settings."""

@@ -703,11 +703,16 @@ def report(command: str, stages: Sequence[Stage], num_devices: int | None = None
             "well. The times of the stages are those of one device. One device does alone: "
             f"{', '.join(alone) or 'nothing'}."
         )
-    text = [f"{command} was not run. It would take:", "", _aligned(rows), ""]
+    text = [
+        f"{command} was not run. It would take:",
+        "",
+        _aligned(rows, 2 if num_devices > 1 else 1),
+        "",
+    ]
     return "\n".join(text + [textwrap.fill(note, 100) for note in notes])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]], num_sums: int) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -715,8 +720,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
         lines.append("  ".join(cells).rstrip())
     rule = "  ".join("-" * width for width in widths)
-    first_sum = next(place for place, row in enumerate(rows) if row[0].startswith("all"))
-    return "\n".join([lines[0], rule, *lines[1:first_sum], rule, *lines[first_sum:]])
+    return "\n".join([lines[0], rule, *lines[1:-num_sums], rule, *lines[-num_sums:]])
 
 
 def _si(value: float) -> str:

@@ -490,7 +490,12 @@ class Kept:
         arrays = {key: _checked(name, key, value) for key, value in compute().items()}
         stops = self._run.should_stop_together()
         if self._is_due(stops) and self._run._is_main:
-            meta = {"seconds": 0, "commit": None, "warnings": [], "sha256": _digest(arrays)}
+            meta: dict[str, Any] = {
+                "seconds": 0,
+                "commit": None,
+                "warnings": [],
+                "sha256": _digest(arrays),
+            }
             with replacing(path) as file:
                 _write_stage(file, arrays, meta)
             self._written = time.monotonic()

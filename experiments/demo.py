@@ -214,6 +214,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                 settings,
                 record.workdir / ("attributor" if name == "one_class" else f"attributors/{name}"),
                 shown,
+                record.kept(f"detector-{name}"),
             ),
             text=f"{shown}: learn from {learns}, score {num_tests} test images",
         )
@@ -291,7 +292,7 @@ def _impostors(ours, rng, config, record) -> dict[str, np.ndarray]:
 
 
 def _fit_and_score(
-    record, layer, z_bar, generated, real, suspects, tests, rng, settings, path, shown
+    record, layer, z_bar, generated, real, suspects, tests, rng, settings, path, shown, kept
 ) -> dict[str, np.ndarray]:
     start = time.monotonic()
     with record.parts(shown) as progress:
@@ -304,13 +305,19 @@ def _fit_and_score(
             impostors=suspects,
             config=settings,
             progress=progress,
+            kept=kept,
         )
         bundle.save(attributor, path)
         # Scored by what was saved: what the numbers describe is what the user has.
         attributor = bundle.load(path)
         fit_seconds = time.monotonic() - start
+
+        def scores_of(images):
+            found = attribution.score_with_info(attributor, images, progress=progress)
+            return {"score": found.score}
+
         scores = {
-            source: attribution.score_with_info(attributor, images, progress=progress).score
+            source: kept.part(f"scores-{source}", functools.partial(scores_of, images))["score"]
             for source, images in tests.items()
         }
     return {

@@ -16,6 +16,7 @@ Writes WORKDIR/attributor, for --experiment=attribute and `flipad_jax.load`, and
 
 import dataclasses
 import hashlib
+import math
 import os
 import shlex
 import time
@@ -116,6 +117,15 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         deepsad=DeepSADConfig(widths=config.widths, epochs=config.epochs),
     )
     start = time.monotonic()
+    # Named by all that is fitted to: what an earlier start kept of other images is not taken.
+    digest = hashlib.sha256(loaded.z_bar.tobytes())
+    for array in (own.images, real, impostors, *jax.tree.leaves(loaded.layer)):
+        digest.update(b"" if array is None else np.asarray(array).tobytes())
+    activation_bytes = 4 * math.prod(loaded.layer.operator.input_shape)
+    num_inverted = len(own.images) + (len(real) if config.detector == "deepsad" else 0)
+    record.need_room(
+        num_inverted * activation_bytes, f"activations of {num_inverted} images, until all is done"
+    )
     with record.parts("fit") as progress:
         attributor = attribution.fit(
             loaded.layer,
@@ -126,6 +136,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             impostors=impostors,
             config=settings,
             progress=progress,
+            kept=record.kept(f"fit-{digest.hexdigest()[:12]}"),
         )
     fit_seconds = time.monotonic() - start
     path = record.workdir / "attributor"
