@@ -416,6 +416,7 @@ def execute(
     preset: str = DEFAULT_PRESET,
     overwrite: bool = False,
     command: Sequence[str] | None = None,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Run an experiment in a workdir, or go on with it, or only read what it found.
 
@@ -426,6 +427,7 @@ def execute(
       preset: name of the preset that `config` started from; recorded.
       overwrite: start over where a run was.
       command: the command line, recorded.
+      profile: folder for a trace of the first minute.
 
     Returns:
       What results.json holds.
@@ -453,7 +455,8 @@ def execute(
                 record.say(f"{record.shown} is complete since {results.get('finished')}.")
             else:
                 record.need_room()
-                results = _compute(module, config, record, experiment, preset, command)
+                with _profiled(profile):
+                    results = _compute(module, config, record, experiment, preset, command)
             if summary is not None:
                 record.say(summary(results["metrics"]))
             record.say(f"Results: {Path(record.shown) / 'results.json'}")
@@ -596,17 +599,17 @@ def _run(argv: Sequence[str], package: str) -> int:
         return 0
     _join(values, module)
     default_workdir = getattr(module, "default_workdir", None)
-    with _profiled(values.profile):
-        execute(
-            module,
-            config,
-            workdir=values.workdir
-            or (default_workdir and default_workdir(config))
-            or f"runs/{early.experiment}-{preset}",
-            preset=preset,
-            overwrite=values.overwrite,
-            command=argv,
-        )
+    execute(
+        module,
+        config,
+        workdir=values.workdir
+        or (default_workdir and default_workdir(config))
+        or f"runs/{early.experiment}-{preset}",
+        preset=preset,
+        overwrite=values.overwrite,
+        command=argv,
+        profile=values.profile,
+    )
     return 0
 
 

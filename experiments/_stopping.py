@@ -77,8 +77,13 @@ def held() -> Iterator[None]:
     finally:
         _signal.num_held -= 1
     # Not for what is within another one, and not in place of an error.
-    if not _signal.num_held:
+    if not _signal.num_held and not _is_loop_at_work():
         check()
+
+
+def _is_loop_at_work() -> bool:
+    """Whether somebody asks, and is to be left alone until the alarm."""
+    return time.monotonic() - _signal.last_question < _RECENT
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -87,8 +92,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _signal.came = True
     if first:
         signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
-    waits = first and time.monotonic() - _signal.last_question < _RECENT
-    if not waits and not _signal.num_held:
+    if not (first and _is_loop_at_work()) and not _signal.num_held:
         raise Stopped
 
 
@@ -144,3 +148,4 @@ def listening() -> Iterator[None]:
         os.close(writer)
         thread.join()
         os.close(reader)
+        _signal.forget()
