@@ -225,6 +225,12 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         found[name]["seconds"] = record.seconds[f"detector-{name}"]
         found[name]["fit_seconds"] = float(stage["fit_seconds"])
         found[name]["num_calibration"] = len(stage["calibration"])
+        undecided = sum(counts["undecided"] for counts in found[name]["counts"].values())
+        if undecided:
+            record.warn(
+                f"{shown}: {undecided} of {num_tests} test images are not decided: their inversion "
+                f"did not reach tol {config.tol:g} in {config.max_iters} iterations"
+            )
 
     inversion = record.stage(
         "average_activations",
@@ -314,7 +320,8 @@ def _fit_and_score(
 
         def scores_of(images):
             found = attribution.score_with_info(attributor, images, progress=progress)
-            return {"score": found.score}
+            # Not decided, as a user's image would not be.
+            return {"score": np.where(found.converged, found.score, np.nan)}
 
         scores = {
             source: kept.part(f"scores-{source}", functools.partial(scores_of, images))["score"]
@@ -492,7 +499,9 @@ def _write_report(record, config, results, figures) -> None:
         for name, (shown, _) in DETECTORS.items()
     ]
     sections = [
-        report.Section("Result", [table, learned, reduced]),
+        report.Section(
+            "Result", [table, learned, reduced, *(f"{text}." for text in record.warnings)]
+        ),
         report.Section(
             "What they were asked about",
             [report.Picture(figures["samples"], "Test images, one source a row. Own: our model.")],

@@ -168,6 +168,27 @@ def test_an_inversion_without_certificate_is_no_verdict(fitted):
         fit(tol=1e-9, max_iters=3)
 
 
+def missing(monkeypatch, count):
+    """The first `count` images of every set are scored as if their inversion missed its bound."""
+    honest = attribution.score_with_info
+
+    def marked(*args, **kwargs):
+        found = honest(*args, **kwargs)
+        return found._replace(converged=found.converged & (np.arange(len(found.score)) >= count))
+
+    monkeypatch.setattr(attribution, "score_with_info", marked)
+
+
+def test_calibration_images_without_certificate_set_no_threshold(fitted, monkeypatch, caplog):
+    missing(monkeypatch, 7)
+    found = fit().calibration_scores
+    assert len(found) == 93 and set(found) < set(fitted.calibration_scores)
+    assert "7 of 100 calibration images are left out" in caplog.text
+    missing(monkeypatch, 100)
+    with pytest.raises(ValueError, match="none of 100 inversions of calibration images reached"):
+        fit()
+
+
 def test_no_images_no_verdicts(fitted):
     assert flipad_jax.verdicts(fitted, OWN[:0]).verdict.shape == (0,)
 

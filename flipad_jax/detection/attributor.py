@@ -451,7 +451,8 @@ def fit(
         images and epochs of DeepSAD. The result is the same. (Impostors' images are learned in some
         minutes, which are not kept.)
     Returns:
-      The attributor. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
+      The attributor. Calibration images whose inversion missed its tolerance are left out of
+      `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
     Raises:
       ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
         at least, for the one-class detector), or inversions that miss their tolerance.
@@ -554,12 +555,26 @@ def fit(
 
     def calibration_scores(first, last):
         part = generated[calibrating[first:last]]
-        return {"score": score_with_info(attributor, part, progress=progress).score}
+        found = score_with_info(attributor, part, progress=progress)
+        # What would get no verdict sets no threshold.
+        return {"score": found.score[found.converged]}
 
-    scores = [
-        part["score"] for _, part in in_parts(num_calibration, "calibration", calibration_scores)
-    ]
-    return dataclasses.replace(attributor, calibration_scores=np.sort(np.concatenate(scores)))
+    scores = np.concatenate(
+        [part["score"] for _, part in in_parts(num_calibration, "calibration", calibration_scores)]
+    )
+    if len(scores) < num_calibration:
+        logging.warning(
+            "%d of %d calibration images are left out: their inversion did not reach tol=%g",
+            num_calibration - len(scores),
+            num_calibration,
+            config.tol,
+        )
+    if not len(scores):
+        raise ValueError(
+            f"none of {num_calibration} inversions of calibration images reached tol={config.tol} "
+            f"in {config.max_iters} iterations: allow more iterations or a larger tol"
+        )
+    return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
 
 
 def score_with_info(
