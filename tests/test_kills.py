@@ -33,11 +33,11 @@ NUM_KILLS = 10
 
 # As `run.py`, but for writing whatever there is to write: what is quick is not kept otherwise.
 PROGRAM = """
-import sys
-from experiments import _config, _record
+import runpy
+from experiments import _record
 from flipad_jax.detection import attributor
 _record._KEEP_EVERY, attributor._PART = 0.0, 1
-sys.exit(_config.main(["run.py", *sys.argv[1:]]))
+runpy.run_path("run.py", run_name="__main__")
 """
 
 
