@@ -50,7 +50,7 @@ __all__ = [
     "model",
     "plan",
     "real_images",
-    "settings_text",
+    "settings_texts",
     "sources_text",
     "tests",
 ]
@@ -330,7 +330,8 @@ def cell(
       immunized: whether it happens to the images that are learned from, too, or to test images
         only.
     Returns:
-      `metrics.summary` of the scores, and the seconds that it took.
+      `metrics.summary` of the scores, and the seconds that it took. Images whose inversion missed
+      its tolerance are undecided; a warning counts them.
     """
     name = f"{method}-{ours.name}" + ("" if perturbation == "none" else f"-{perturbation}")
     text = f"{METHODS[method]}, ours is {FAMILY_NAMES[ours.family]} {ours.seed}"
@@ -368,7 +369,8 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     config = _attributor_config(method, settings, count)
     made_by = _made_by(question, config, count)
     path = question.record.workdir / "attributors" / question.name
-    fitted = _kept(settings.reuse, question, made_by)
+    fitted = _reused(settings.reuse, question, made_by)
+    kept = question.record.kept(question.name)
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
         if fitted is None:
@@ -388,6 +390,7 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
                 impostors=changed,
                 config=config,
                 progress=progress,
+                kept=kept,
             )
         bundle.save(fitted, path)
         facts = {**made_by, "commit": question.record.commit}
@@ -395,10 +398,23 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
             path.with_name(f"{question.name}.json"), json.dumps(facts, indent=1) + "\n"
         )
         seconds = time.monotonic() - start
+
+        def scores_of(images):
+            found = attribution.score_with_info(fitted, images, progress=progress)
+            # Not decided, as a user's image would not be.
+            return {"score": np.where(found.converged, found.score, np.nan)}
+
         scores = {
-            source: attribution.score_with_info(fitted, images, progress=progress).score
+            source: kept.part(f"scores-{source}", functools.partial(scores_of, images))["score"]
             for source, images in question.sources.items()
         }
+    num_unconverged = sum(int(np.isnan(values).sum()) for values in scores.values())
+    num_unconverged += settings.num_calibration - len(fitted.calibration_scores)
+    if num_unconverged:
+        question.record.warn(
+            f"{question.name}: {num_unconverged} images are not decided: their inversion did not "
+            f"reach tol {settings.tol:g} in {settings.max_iters} iterations"
+        )
     return {
         "calibration": fitted.calibration_scores,
         "fit_seconds": np.asarray(seconds),
@@ -425,7 +441,7 @@ def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[
     }
 
 
-def _kept(
+def _reused(
     workdir: str, question: _Question, made_by: dict[str, Any]
 ) -> attribution.Attributor | None:
     """The attributor of another run, if there is one and it was made by the same settings."""
@@ -586,8 +602,12 @@ def sources_text(settings: Sources) -> str:
     )
 
 
-def settings_text(settings: Settings) -> str:
-    """What was compared, for the page: one paragraph."""
+def settings_texts(settings: Settings, record: Run) -> list[str]:
+    """What was compared, for the page, and what the run was warned of."""
+    return [_settings_text(settings), *(f"{text}." for text in record.warnings)]
+
+
+def _settings_text(settings: Settings) -> str:
     widths = "-".join(map(str, settings.activation_widths))
     pixel_widths = "-".join(map(str, settings.pixel_widths))
     return (

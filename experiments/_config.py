@@ -20,6 +20,8 @@ An experiment is a module of this package whose name does not start with an unde
                             # are remembered where --workdir is given
     PRECIOUS = "keys.json"  # optional: a workdir with this file is never overwritten
 
+How a command ends is in `EXIT_CODES`, and --help shows it.
+
 A setting is an int, float, bool, str or a tuple of int, float or str. The flags live in a
 FlagValues of their own, never in `absl.flags.FLAGS`, so that nothing leaks between runs in one
 process. JAX is imported by the experiment that is chosen, not before.
@@ -40,26 +42,30 @@ import pkgutil
 import platform
 import re
 import shlex
+import signal
+import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
 
+from experiments import _stopping
 from experiments._record import (
     Progress,
     Run,
     UsageError,
     open_workdir,
+    out_of_room,
     read_flags,
-    read_results,
 )
 
 __all__ = [
@@ -83,11 +89,27 @@ _RESERVED = (
     "workdir",
     "overwrite",
     "plan",
+    "plan_devices",
+    "profile",
+    "compilation_cache",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
     "debug",
     "help",
     "flagfile",
     "undefok",
 )
+# Whatever ended it but 0 and 2, the same command goes on where it was.
+EXIT_CODES = {
+    0: "done",
+    1: "an error of ours: its trace is shown",
+    2: "a mistake in the command or in its files, told in one line",
+    74: "nothing more could be written: make room",
+    128 + signal.SIGINT: "interrupted by Ctrl-C",
+    _stopping.EXIT_CODE: "stopped by SIGTERM, as by a scheduler (a second SIGTERM ends at once)",
+}
+_PROFILED_SECONDS = 60.0
 # What a caller can mend: refused input, and paths that are not there or not his.
 _USER_ERRORS = (
     UsageError,
@@ -262,6 +284,26 @@ def _common_flags(preset_help: str = "Named set of sizes.") -> flags.FlagValues:
     text("workdir", None, "Folder of the run; by default runs/EXPERIMENT-PRESET, or by its files.")
     switch("overwrite", False, "Delete what an earlier run left in the workdir.")
     switch("plan", False, "Tell what the run would cost, without running it, and stop.")
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number("plan_devices", None, "With --plan: for so many devices; by default those present.")
+    text(
+        "profile",
+        None,
+        "Write a trace of the first minute of computing into this folder, for TensorBoard (XProf) "
+        "and ui.perfetto.dev.",
+    )
+    text(
+        "compilation_cache",
+        None,
+        "Keep compiled programs in this folder of yours, for later runs; none by default.",
+    )
+    text(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0 of several; auto: found by JAX (Slurm, TPU, MPI).",
+    )
+    number("num_processes", None, "How many processes there are.")
+    number("process_id", None, "Which of them this is, from 0.")
     switch("debug", False, "Show the trace of every error.")
     switch("help", False, "Show this and stop.", short_name="h")
     return values
@@ -375,6 +417,7 @@ def execute(
     preset: str = DEFAULT_PRESET,
     overwrite: bool = False,
     command: Sequence[str] | None = None,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Run an experiment in a workdir, or go on with it, or only read what it found.
 
@@ -385,6 +428,7 @@ def execute(
       preset: name of the preset that `config` started from; recorded.
       overwrite: start over where a run was.
       command: the command line, recorded.
+      profile: folder for a trace of the first minute.
 
     Returns:
       What results.json holds.
@@ -406,35 +450,47 @@ def execute(
         precious=getattr(module, "PRECIOUS", None),
         defaults=_flag_texts(module, experiment, preset, module.Config()),
     ) as record:
-        results = read_results(record.workdir) if changeable is None else None
-        if results is not None:
-            record.say(f"{record.shown} is complete since {results.get('finished')}.")
-        else:
-            start = time.monotonic()
-            try:
-                metrics = module.run(config, record)
-            except KeyboardInterrupt:
-                again = ["python", "run.py", f"--flagfile={Path(record.shown) / 'config.flags'}"]
-                again.append(f"--workdir={record.shown}")
-                record.note(f"\ninterrupted; go on with: {shlex.join(again)}")
-                raise
-            facts = {
-                "experiment": experiment,
-                "preset": preset,
-                "settings": dataclasses.asdict(config),
-                "convention": getattr(config, "convention", "paper"),
-                "seed": getattr(config, "seed", None),
-                "versions": _versions(),
-                "device": _device(),
-                "commit": commit,
-                "command": shlex.join(command) if command else None,
-                "last_start_seconds": round(time.monotonic() - start, 3),
-            }
-            results = record.finish(facts, metrics)
-        if summary is not None:
-            record.say(summary(results["metrics"]))
-        record.say(f"Results: {Path(record.shown) / 'results.json'}")
+        try:
+            results = record.results() if changeable is None else None
+            if results is not None:
+                record.say(f"{record.shown} is complete since {results.get('finished')}.")
+            else:
+                record.need_room()
+                with _profiled(profile):
+                    results = _compute(module, config, record, experiment, preset, command)
+            if summary is not None:
+                record.say(summary(results["metrics"]))
+            record.say(f"Results: {Path(record.shown) / 'results.json'}")
+        except BaseException as error:
+            again = ["python", "run.py", f"--flagfile={Path(record.shown) / 'config.flags'}"]
+            error.add_note(f"go on with: {shlex.join([*again, f'--workdir={record.shown}'])}")
+            raise
         return results
+
+
+def _compute(
+    module: types.ModuleType,
+    config: Any,
+    record: Run,
+    experiment: str,
+    preset: str,
+    command: Sequence[str] | None,
+) -> dict[str, Any]:
+    start = time.monotonic()
+    metrics = module.run(config, record)
+    facts = {
+        "experiment": experiment,
+        "preset": preset,
+        "settings": dataclasses.asdict(config),
+        "convention": getattr(config, "convention", "paper"),
+        "seed": getattr(config, "seed", None),
+        "versions": _versions(),
+        "device": _device(),
+        "commit": record.commit,
+        "command": shlex.join(command) if command else None,
+        "last_start_seconds": round(time.monotonic() - start, 3),
+    }
+    return record.finish(facts, metrics)
 
 
 def _help(
@@ -466,6 +522,9 @@ def _help(
         "",
         f"Settings of {experiment}, with the values of --preset={preset}:",
         *(entry(f"--{n}={flag.text(flag.default)}", flag.help) for n, flag in settings.items()),
+        "",
+        "Exit codes:",
+        *(entry(str(code), text) for code, text in EXIT_CODES.items()),
     ]
     return "\n".join(lines)
 
@@ -476,6 +535,7 @@ def _show_plan(
     preset: str,
     config: Any,
     settings: Mapping[str, _SettingFlag],
+    num_devices: int | None,
 ) -> None:
     plan = getattr(module, "plan", None)
     if plan is None:
@@ -488,7 +548,7 @@ def _show_plan(
     for name, flag in settings.items():
         if flag.value != flag.default:
             words.append(f"--{name}={flag.text(flag.value)}")
-    print(_plan.report(shlex.join(words), plan(config)), flush=True)
+    print(_plan.report(shlex.join(words), plan(config), num_devices), flush=True)
 
 
 def _remembered(module: types.ModuleType, early: flags.FlagValues) -> dict[str, str]:
@@ -532,9 +592,13 @@ def _run(argv: Sequence[str], package: str) -> int:
         flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     config = module.Config(**{name: flag.value for name, flag in settings.items()})
+    _check_common(values)
+    if values.compilation_cache is not None:
+        _keep_programs(values.compilation_cache)
     if values.plan:
-        _show_plan(module, early.experiment, preset, config, settings)
+        _show_plan(module, early.experiment, preset, config, settings, values.plan_devices)
         return 0
+    _join(values, module)
     default_workdir = getattr(module, "default_workdir", None)
     execute(
         module,
@@ -545,8 +609,105 @@ def _run(argv: Sequence[str], package: str) -> int:
         preset=preset,
         overwrite=values.overwrite,
         command=argv,
+        profile=values.profile,
     )
     return 0
+
+
+def _check_common(values: flags.FlagValues) -> None:
+    devices, count, place = values.plan_devices, values.num_processes, values.process_id
+    if devices is not None and (devices < 1 or not values.plan):
+        raise UsageError(f"--plan_devices={devices}: expected 1 or more, and --plan")
+    if (count is None) != (place is None):
+        raise UsageError("--num_processes and --process_id belong together: give both or neither")
+    if count is not None and place is not None and not 0 <= place < count:
+        raise UsageError(
+            f"--process_id={place} --num_processes={count}: expected 0 to {count - 1}, each once"
+        )
+    if count is not None and values.coordinator_address is None:
+        raise UsageError(
+            "--coordinator_address is missing: HOST:PORT of the process with --process_id=0"
+        )
+
+
+def _join(values: flags.FlagValues, module: types.ModuleType) -> None:
+    """Make this process one of several, if the command says so."""
+    address = values.coordinator_address
+    if address is None:
+        return
+    if getattr(module, "CHANGEABLE", None) is not None:
+        raise UsageError(
+            f"--experiment={values.experiment} runs in one process: leave out --coordinator_address"
+        )
+    import jax
+
+    from flipad_jax import parallel
+
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    parallel.initialize(
+        None if address == "auto" else address, values.num_processes, values.process_id
+    )
+
+
+def _keep_programs(folder: str) -> None:
+    """Let JAX keep what it compiles in a folder that nobody else can write to.
+
+    A compiled program that is read is run: who can write there can make this process do anything.
+    """
+    path = Path(folder).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for place in (path, *path.resolve().parents):
+        status = place.stat()
+        open_to_all = status.st_mode & stat.S_IWOTH
+        # In /tmp, whose sticky bit is set, others cannot exchange what is ours.
+        if open_to_all and (place == path or not status.st_mode & stat.S_ISVTX):
+            raise UsageError(
+                f"--compilation_cache={folder}: everybody can write to {place} and could put "
+                "programs there that this run executes; give a folder of your own"
+            )
+    if path.stat().st_uid not in (os.geteuid(), 0):
+        raise UsageError(
+            f"--compilation_cache={folder} belongs to somebody else; give a folder of your own"
+        )
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+@contextlib.contextmanager
+def _profiled(folder: str | None) -> Iterator[None]:
+    """Trace what runs inside, for a minute at most: longer traces no viewer opens."""
+    if folder is None:
+        yield
+        return
+    import jax
+
+    from flipad_jax import parallel
+
+    if not parallel.is_main():
+        yield
+        return
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every call of a Python function: ten times the size
+    jax.profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=options)
+    stopping = threading.Lock()
+
+    def stop() -> None:
+        if stopping.acquire(blocking=False):
+            jax.profiler.stop_trace()
+            print(f"Trace: {folder}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_PROFILED_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        stop()
+        if timer.is_alive():
+            timer.join()
 
 
 def _say_error(error: BaseException) -> str:
@@ -573,19 +734,48 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
       package: where the experiments are.
 
     Returns:
-      The exit code: 0, or 2 after a mistake of the user, told in one line on stderr, or 130 after
-      an interruption. Any other error keeps its trace.
+      The exit code, see `EXIT_CODES`. An error of ours (1) is raised, with its trace.
     """
     debug = "--debug" in argv or "--debug=true" in argv
-    try:
-        return _run(argv, package)
-    except _USER_ERRORS as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_say_error(error)}{_flagfiles(argv)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # The reader of our output, `head` say, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    with _stopping.listening():
+        try:
+            return _run(argv, package)
+        except KeyboardInterrupt as error:
+            _say_end("interrupted", error)
+            return 128 + signal.SIGINT
+        except _stopping.Stopped as error:
+            _say_end("stopped by SIGTERM", error)
+            return _stopping.EXIT_CODE
+        except BrokenPipeError:  # The reader of our output, `head` say, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Exception as error:
+            if _is_preempted(error):
+                _say_end("stopped by SIGTERM", error)
+                return _stopping.EXIT_CODE
+            if out_of_room(error) and not isinstance(error, UsageError):
+                if debug:
+                    traceback.print_exc()
+                _say_end(f"error: nothing more could be written ({_say_error(error)})", error)
+                return 74
+            if isinstance(error, _USER_ERRORS):
+                if debug:
+                    traceback.print_exc()
+                print(f"error: {_say_error(error)}{_flagfiles(argv)}", file=sys.stderr)
+                return 2
+            if _stopping.asked():  # Workers that the scheduler stopped as well, say.
+                traceback.print_exc()
+                _say_end("stopped by SIGTERM", error)
+                return _stopping.EXIT_CODE
+            raise
+
+
+def _is_preempted(error: Exception) -> bool:
+    checkpoints = sys.modules.get("flipad_jax.checkpoints")  # Who raised it has imported it.
+    return checkpoints is not None and isinstance(error, checkpoints.Preempted)
+
+
+def _say_end(what: str, error: BaseException) -> None:
+    """One line: what ended the run, and how it goes on."""
+    notes = getattr(error, "__notes__", None) or ["nothing was begun; give the same command again"]
+    print(f"{what}; {notes[-1]}", file=sys.stderr, flush=True)

@@ -68,6 +68,7 @@ __all__ = [
     "mean_activation",
     "principal_directions",
     "report",
+    "share",
     "this_machine",
     "traces_of_processing",
     "training_images",
@@ -85,6 +86,8 @@ class Stage(NamedTuple):
       num_parameters: weights of the networks in it.
       static: keyword arguments that are part of the program.
       at_most: whether `calls` is an upper bound, as a solver stops when it is done.
+      shared_by: how many devices can share one call: the length of the axis that is cut into equal
+        parts, images or models; 1 for what one device does alone.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Stage(NamedTuple):
     num_parameters: int = 0
     static: Mapping[str, Any] = {}
     at_most: bool = False
+    shared_by: int = 1
 
 
 class Cost(NamedTuple):
@@ -321,6 +325,7 @@ def gan_training(
         calls=num_steps * num_models,
         num_parameters=_num_elements((states.generator["params"], states.discriminator)),
         static={"gan": gan, "batch_size": batch_size},
+        shared_by=batch_size,
     )
 
 
@@ -401,6 +406,7 @@ def inversion(
         calls=_batches(num_images, batch_size) * _batches(max_iters, lasso._GAP_EVERY),
         num_parameters=_num_elements(layer.operator),
         at_most=tol > 0,
+        shared_by=batch_size,
     )
 
 
@@ -484,6 +490,7 @@ def deepsad_training(
         calls=config.epochs * (num_samples // config.batch_size),
         num_parameters=_num_elements(state.params),
         static={"config": config},
+        shared_by=config.batch_size,
     )
 
 
@@ -499,6 +506,7 @@ def deepsad_scoring(
         calls=_batches(num_samples, config.batch_size),
         num_parameters=_num_elements(state.params),
         static={"config": config},
+        shared_by=config.batch_size,
     )
 
 
@@ -608,16 +616,34 @@ def this_machine() -> Accelerator:
     return Accelerator(fast, exact, bandwidth, math.inf, "float32" if on_cpu else "default")
 
 
-def report(command: str, stages: Sequence[Stage]) -> str:
+def share(stage: Stage, num_devices: int) -> float:
+    """The part of a stage's time that it takes on so many devices, if exchange costs nothing.
+
+    The axis is cut into equal parts: the largest number of devices that divides it takes part.
+    """
+    return 1 / _num_used(stage, num_devices)
+
+
+def _num_used(stage: Stage, num_devices: int) -> int:
+    return max(n for n in range(1, num_devices + 1) if stage.shared_by % n == 0)
+
+
+def report(command: str, stages: Sequence[Stage], num_devices: int | None = None) -> str:
     """The table that `--plan` prints.
 
     Args:
       command: names what is planned.
       stages: from the experiment's `plan`.
+      num_devices: how many to plan for, beside one; those present by default.
     """
+    if num_devices is None:
+        num_devices = jax.device_count()
     machines = {**ACCELERATORS, "this machine": this_machine()}
     header = ["stage", "parameters", "calls", "FLOPs", "bytes", "peak memory", *machines]
+    if num_devices > 1:
+        header.insert(3, "devices")
     rows, totals = [header], [0.0] * (2 + len(machines))
+    shared = [0.0] * len(machines)
     known: dict[str, Cost] = {}
     for stage in stages:
         # Stages that differ in nothing but their calls are compiled once.
@@ -627,6 +653,8 @@ def report(command: str, stages: Sequence[Stage]) -> str:
         amounts += [lower_bound(cost, machine) for machine in machines.values()]
         amounts = [stage.calls * amount for amount in amounts]
         totals = [total + amount for total, amount in zip(totals, amounts, strict=True)]
+        part = share(stage, num_devices)
+        shared = [time + part * more for time, more in zip(shared, amounts[2:], strict=True)]
         times = [_time(amount) for amount in amounts[2:]]
         for place, machine in enumerate(machines.values()):
             if cost.peak_memory is not None and cost.peak_memory > machine.memory:
@@ -643,8 +671,15 @@ def report(command: str, stages: Sequence[Stage]) -> str:
                 *times,
             ]
         )
+        if num_devices > 1:
+            rows[-1].insert(3, str(_num_used(stage, num_devices)))
     sums = [_si(totals[0]), _si(totals[1]) + "B", "", *map(_time, totals[2:])]
-    rows.append(["all", "", "", *sums])
+    blank = [""] * (len(header) - 1 - len(sums))
+    rows.append(["all", *blank, *sums])
+    if num_devices > 1:
+        rows[-1][0] = "all, on one device"
+        blank = [""] * (len(header) - 1 - len(machines))
+        rows.append([f"all, on {num_devices} devices", *blank, *map(_time, shared)])
     backend = jax.default_backend()
     peaks = "; ".join(
         f"{name} {_si(m.flops)}FLOP/s ({m.precision}) and {_si(m.exact_flops)}FLOP/s, "
@@ -660,11 +695,24 @@ def report(command: str, stages: Sequence[Stage]) -> str:
         f"Peaks, of this machine measured: {peaks}. The second rate is that of full float32, which "
         "the stages marked so ask for.",
     ]
-    text = [f"{command} was not run. It would take:", "", _aligned(rows), ""]
+    if num_devices > 1:
+        alone = [stage.name for stage in stages if _num_used(stage, num_devices) == 1]
+        notes.append(
+            f"On {num_devices} devices: images of a batch are cut into equal parts, and what "
+            "devices exchange (gradients, once a step) costs nothing, so it is a lower bound as "
+            "well. The times of the stages are those of one device. One device does alone: "
+            f"{', '.join(alone) or 'nothing'}."
+        )
+    text = [
+        f"{command} was not run. It would take:",
+        "",
+        _aligned(rows, 2 if num_devices > 1 else 1),
+        "",
+    ]
     return "\n".join(text + [textwrap.fill(note, 100) for note in notes])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _aligned(rows: Sequence[Sequence[str]], num_sums: int) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
@@ -672,7 +720,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
         lines.append("  ".join(cells).rstrip())
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    return "\n".join([lines[0], rule, *lines[1:-num_sums], rule, *lines[-num_sums:]])
 
 
 def _si(value: float) -> str:

@@ -2,23 +2,33 @@
 
     WORKDIR/config.flags     experiment, preset and every setting; replay with --flagfile
     WORKDIR/stages/*.npz     what the finished stages computed; a killed run goes on from there
+    WORKDIR/parts/           what an unfinished stage has so far; gone when it is finished
     WORKDIR/metrics.jsonl    one line per logged step; of a step logged twice, the last counts
     WORKDIR/figures/, WORKDIR/checkpoints/
     WORKDIR/results.json     written last and at once: where it exists, the run is complete
 
 Files that a reader relies on are written beside their place and moved there, so that a kill at any
 moment leaves either the old file or the new one.
+
+A run of several processes (`parallel.initialize`) is one program in all of them and one record:
+process 0 writes it, and what it finds in the workdir the others are told, so that all decide alike.
+These get a scratch folder as their `workdir`, which vanishes with them; they say nothing. Only
+`checkpoints` is the same folder for all, on a file system that all see, as Orbax wants it.
 """
 
 import contextlib
 import datetime
+import errno
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -27,16 +37,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import tqdm
 
+from experiments import _stopping
+
 try:
     import fcntl
 except ImportError:  # Not a POSIX system: two runs in one workdir are then not noticed.
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "Kept",
     "Progress",
     "Run",
     "UsageError",
     "open_workdir",
+    "out_of_room",
     "read_flags",
     "read_results",
     "replacing",
@@ -45,6 +59,11 @@ __all__ = [
 
 _HEADER = "# A run of flipad_jax."
 _STAGE_RECORD = "__stage__"
+_KEEP_EVERY = 10.0  # seconds of work that a kill may cost; what is quicker is not worth writing
+_ROOM = 2**26  # bytes: below this no run begins
+
+
+_Stage = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, and what is recorded of them
 
 
 class UsageError(Exception):
@@ -55,18 +74,35 @@ class UsageError(Exception):
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing so that readers, and later runs, see all of it or nothing.
 
-    The content goes to a file beside `path` and is moved there when the block ends well.
+    The content goes to a file beside `path` and is moved there when the block ends well. SIGTERM
+    waits for that: what was computed is not lost.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _stopping.held():
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def out_of_room(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that nothing more can be written."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        # TensorStore, below Orbax, has errors of its own.
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -161,8 +197,9 @@ class Run:
     """The run record that an experiment's `run(config, record)` is given.
 
     Attributes:
-      workdir: absolute path of the folder that holds everything.
-      shown: the same folder as the user wrote it, for messages.
+      workdir: absolute path of the folder that holds everything; where this is not process 0 of
+        several, a scratch folder.
+      shown: the workdir as the user wrote it, for messages.
       started: when the first process of this run began (a resumed run keeps the time).
       seconds: seconds per stage, of the process that computed it.
       warnings: what `warn` was told; ends up in results.json.
@@ -171,7 +208,8 @@ class Run:
     def __init__(self, workdir: str | os.PathLike[str], flags: Mapping[str, str], commit: Any):
         """Enter a workdir; use `open_workdir`, which checks first whose it is."""
         self.shown = str(workdir)
-        self.workdir = Path(workdir).expanduser().absolute()
+        self.workdir = self._common = Path(workdir).expanduser().absolute()
+        self._num_processes, self._is_main = _processes()
         self.started = now()
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
@@ -182,27 +220,73 @@ class Run:
     @property
     def figures(self) -> Path:
         """Folder for pictures, made when asked for."""
-        return self._folder("figures")
+        return self._folder(self.workdir / "figures")
 
     @property
     def checkpoints(self) -> Path:
-        """Folder for checkpoints (absolute, as Orbax wants it), made when asked for."""
-        return self._folder("checkpoints")
+        """Folder for checkpoints (absolute, as Orbax wants it), made when asked for; the same in
+        all processes."""
+        return self._folder(self._common / "checkpoints")
 
-    def _folder(self, name: str) -> Path:
-        path = self.workdir / name
+    def _folder(self, path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def should_stop(self) -> bool:
+        """Whether SIGTERM came to this process: for loops that then save and raise
+        `checkpoints.Preempted`."""
+        return _stopping.asked()
+
+    def should_stop_together(self) -> bool:
+        """Whether SIGTERM came to any process, the same answer in all.
+
+        For loops that run in step, as training does: all processes must ask equally often.
+        """
+        if self._num_processes == 1:
+            return self.should_stop()
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.array(self.should_stop())).any())
+
+    def need_room(
+        self, num_bytes: float = 0, what: str = "results", folder: Path | None = None
+    ) -> None:
+        """Refuse to begin what cannot be written, or what the file system has no room for.
+
+        Args:
+          num_bytes: that will be written, beside what every run writes.
+          what: they are.
+          folder: where; the workdir by default.
+
+        Raises:
+          UsageError: naming the folder, what is free and what is needed.
+        """
+        folder = folder or self.workdir
+        trial = folder / f".trial.{os.getpid()}.partial"
+        with _refused_writes(self):
+            try:
+                trial.write_bytes(bytes(4096))
+            finally:
+                trial.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes + _ROOM:
+            shown = f"--workdir={self.shown}" if folder == self.workdir else str(folder)
+            raise UsageError(
+                f"{shown} has {_mebibytes(free)} free, {what} and what else is written take "
+                f"{_mebibytes(num_bytes + _ROOM)}: make room, or give another folder"
+            )
+
     def say(self, text: str) -> None:
         """Print a line for the user on stdout, without breaking a bar that is being drawn."""
-        tqdm.tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self._is_main:
+            tqdm.tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def note(self, text: str) -> None:
         """Print a line about the course of the run on stderr."""
-        tqdm.tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        if self._is_main:
+            tqdm.tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr and keep it for results.json."""
@@ -215,7 +299,7 @@ class Run:
         With a number instead of things to iterate over:
         `with record.progress(3000, "training") as bar: ... bar.update(100, loss=0.7)`.
         """
-        return Progress(items, what)
+        return Progress(items, what, stream=None if self._is_main else io.StringIO())
 
     @contextlib.contextmanager
     def parts(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
@@ -231,7 +315,7 @@ class Run:
             # Work that starts over (the next set of images) is a part of its own.
             if part != current or done < before:
                 close()
-                bar, current, before = Progress(total, f"{what}: {part}"), part, 0
+                bar, current, before = self.progress(total, f"{what}: {part}"), part, 0
                 bar.__enter__()
             bar.update(done - before)
             before = done
@@ -279,7 +363,8 @@ class Run:
         self._entered.append(name)
         text = text or name
         path = self.workdir / "stages" / f"{name}.npz"
-        loaded = self._load(path)
+        _stopping.check()
+        loaded = self._of_main(self._load(path))
         if loaded is not None:
             arrays, meta = loaded
             self.seconds[name] = meta["seconds"]
@@ -301,26 +386,55 @@ class Run:
             "warnings": self.warnings[num_warnings:],
             "sha256": _digest(arrays),
         }
-        encoded = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        with replacing(path) as file:
-            contents: dict[str, Any] = {_STAGE_RECORD: encoded, **arrays}
-            np.savez(file, **contents)
+        if self._is_main:
+            with replacing(path) as file:
+                _write_stage(file, arrays, meta)
+        shared = self._of_main((arrays, meta))
+        self._drop_parts(name)
         self.note(f"{text}: {seconds:.1f} s")
-        return arrays
+        return arrays if shared is None else shared[0]
 
-    def _load(self, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    def kept(self, name: str) -> "Kept":
+        """What a long computation inside stage `name` keeps at intervals, and finds again.
+
+        For work outside of stages any other name that a stage could have; what is kept then stays
+        until the run is complete.
+        """
+        return Kept(self, name)
+
+    def _drop_parts(self, name: str = "") -> None:
+        if self._is_main:
+            shutil.rmtree(self.workdir / "parts" / name, ignore_errors=True)
+
+    def _of_main(self, stage: _Stage | None) -> _Stage | None:
+        """What process 0 has of a stage, in all processes."""
+        if self._num_processes == 1:
+            return stage
+        content = io.BytesIO()
+        if self._is_main and stage is not None:
+            _write_stage(content, *stage)
+        told = _broadcast(content.getvalue())
+        return _read_stage(io.BytesIO(told)) if told else None
+
+    def results(self) -> dict[str, Any] | None:
+        """What results.json holds, if the run is complete; the same in all processes."""
+        found = read_results(self.workdir)
+        if self._num_processes == 1:
+            return found
+        return json.loads(_broadcast(json.dumps(found).encode() if self._is_main else b""))
+
+    def _load(self, path: Path) -> _Stage | None:
         """Read a stage; None where there is none or where the file is not what was written."""
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            meta = json.loads(arrays.pop(_STAGE_RECORD).tobytes())
+            arrays, meta = _read_stage(path)
             if meta["sha256"] != _digest(arrays):
                 raise ValueError("its checksum differs")
             return arrays, {key: meta[key] for key in ("seconds", "commit", "warnings")}
         except Exception as error:  # What NumPy and zipfile raise depends on the byte hit.
-            self.warn(f"stages/{path.name} is damaged and is computed again ({_one_line(error)})")
+            shown = path.relative_to(self.workdir)
+            self.warn(f"{shown} is damaged and is computed again ({_one_line(error)})")
             return None
 
     def finish(self, facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,7 +453,113 @@ class Run:
         }
         text = json.dumps(results, indent=2, allow_nan=False)
         write_atomically(self.workdir / "results.json", text + "\n")
+        self._drop_parts()
         return json.loads(text)
+
+
+class Kept:
+    """What a long computation has so far, in WORKDIR/parts/NAME: see `attributor.Kept`.
+
+    Written at most every ten seconds, and when SIGTERM came; what a kill costs is as much.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run = run
+        self._folder = run.workdir / "parts" / name
+        self._checkpoints = run._common / "parts" / name
+        self._written = time.monotonic()
+
+    def _is_due(self, stops: bool) -> bool:
+        return stops or time.monotonic() - self._written >= _KEEP_EVERY
+
+    def part(
+        self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Mapping[str, np.ndarray]:
+        """The arrays of a part, computed, or as an earlier start computed them.
+
+        Raises:
+          Preempted: if SIGTERM came.
+        """
+        path = self._folder / f"{name}.npz"
+        loaded = self._run._of_main(self._run._load(path))
+        if loaded is not None:
+            return loaded[0]
+        self._end_if(self._run.should_stop_together())
+        arrays = {key: _checked(name, key, value) for key, value in compute().items()}
+        stops = self._run.should_stop_together()
+        if self._is_due(stops) and self._run._is_main:
+            meta: dict[str, Any] = {
+                "seconds": 0,
+                "commit": None,
+                "warnings": [],
+                "sha256": _digest(arrays),
+            }
+            with replacing(path) as file:
+                _write_stage(file, arrays, meta)
+            self._written = time.monotonic()
+        self._end_if(stops)
+        return arrays
+
+    def restore(self, name: str, like: Any) -> Any | None:
+        """The newest state that was saved under this name, or None."""
+        from flipad_jax import checkpoints
+
+        found = checkpoints.restore_latest(self._checkpoints / name, like)
+        return None if found is None else found[1]
+
+    def save(self, name: str, step: int, state: Any) -> None:
+        """Keep a state, if it is time to.
+
+        Raises:
+          Preempted: if SIGTERM came; the state is saved.
+        """
+        from flipad_jax import checkpoints
+
+        stops = self._run.should_stop_together()
+        if self._is_due(stops):
+            checkpoints.save(self._checkpoints / name, step, state)
+            self._written = time.monotonic()
+        self._end_if(stops)
+
+    def _end_if(self, stops: bool) -> None:
+        if stops:
+            from flipad_jax import checkpoints
+
+            raise checkpoints.Preempted("SIGTERM")
+
+
+def _write_stage(file: BinaryIO, arrays: Mapping[str, np.ndarray], meta: dict[str, Any]) -> None:
+    encoded = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    contents: dict[str, Any] = {_STAGE_RECORD: encoded, **arrays}
+    np.savez(file, **contents)
+
+
+def _read_stage(file: Path | BinaryIO) -> _Stage:
+    with np.load(file, allow_pickle=False) as opened:
+        arrays = {key: opened[key] for key in opened.files}
+    return arrays, json.loads(arrays.pop(_STAGE_RECORD).tobytes())
+
+
+def _processes() -> tuple[int, bool]:
+    """(number of processes, whether this one writes), without starting a device."""
+    import jax  # Here, so that the settings can be read and checked without it.
+
+    from flipad_jax import parallel
+
+    return (jax.process_count() if jax.distributed.is_initialized() else 1), parallel.is_main()
+
+
+def _broadcast(content: bytes) -> bytes:
+    """What process 0 gives, in all processes."""
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(content))))
+    own = np.frombuffer(content, np.uint8) if len(content) == size else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes() if size else b""
+
+
+def _mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def _one_line(error: BaseException) -> str:
@@ -439,6 +659,36 @@ def open_workdir(
         that is still going on.
     """
     run = Run(workdir, flags, commit)
+    if run._num_processes > 1 and not run._is_main:
+        answer = _broadcast(b"").decode()
+        if answer != "entered":
+            raise UsageError(answer)
+        with tempfile.TemporaryDirectory(prefix="flipad_jax-") as scratch:
+            run.workdir = Path(scratch)
+            yield run
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            _enter(stack, run, flags, overwrite, changeable, precious, defaults or {})
+        except Exception as error:
+            if run._num_processes > 1:
+                _broadcast(f"process 0: {error}".encode())
+            raise
+        if run._num_processes > 1:
+            _broadcast(b"entered")
+        yield run
+
+
+def _enter(
+    stack: contextlib.ExitStack,
+    run: Run,
+    flags: Mapping[str, str],
+    overwrite: bool,
+    changeable: Sequence[str],
+    precious: str | None,
+    defaults: Mapping[str, str],
+) -> None:
+    """What `open_workdir` does in the process that writes; `stack` then holds the lock."""
     path = run.workdir
     if path.exists() and not path.is_dir():
         raise UsageError(f"--workdir={run.shown} is a file; give a folder")
@@ -447,41 +697,55 @@ def open_workdir(
         raise UsageError(
             f"--workdir={run.shown} is not empty and no run of ours made it; give another folder"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    with _refused_writes(run):
+        path.mkdir(parents=True, exist_ok=True)
     kept = precious and (path / precious).exists()
     if kept and overwrite:
         raise UsageError(
             f"--overwrite would delete {run.shown}/{precious} and what it lists, which cannot "
             "be made again; give another --workdir, or delete the folder yourself"
         )
-    with _lock(run):
-        if found is not None and overwrite:
-            _clear(run)
-            found = None
-        if found is None:
+    stack.enter_context(_lock(run))
+    if found is not None and overwrite:
+        _clear(run)
+        found = None
+    if found is None:
+        _write_flags(run, flags)
+    else:
+        theirs, run.started = found
+        different = _differences(theirs, flags, defaults)
+        fixed = {name: text for name, text in different.items() if name not in changeable}
+        if different and (not fixed or not _has_results(run)):
+            # Without results an earlier start failed before it made anything, on a mistyped
+            # path, say.
             _write_flags(run, flags)
-        else:
-            theirs, run.started = found
-            different = _differences(theirs, flags, defaults or {})
-            fixed = {name: text for name, text in different.items() if name not in changeable}
-            if different and (not fixed or not _has_results(run)):
-                # Without results an earlier start failed before it made anything, on a mistyped
-                # path, say.
-                _write_flags(run, flags)
-            elif fixed:
-                raise UsageError(
-                    f"--workdir={run.shown} holds a run of other settings: "
-                    f"{'; '.join(fixed.values())}. Give another --workdir"
-                    + ("" if kept else ", or --overwrite to start over")
-                )
-            _repair(run)
-        yield run
+        elif fixed:
+            raise UsageError(
+                f"--workdir={run.shown} holds a run of other settings: "
+                f"{'; '.join(fixed.values())}. Give another --workdir"
+                + ("" if kept else ", or --overwrite to start over")
+            )
+        _repair(run)
+
+
+@contextlib.contextmanager
+def _refused_writes(run: Run) -> Iterator[None]:
+    """A folder of somebody else, or of a file system that is read-only or full, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--workdir={run.shown} cannot be written to ({error.strerror}): give another folder"
+            + (", or make room" if out_of_room(error) and error.errno != errno.EROFS else "")
+        ) from None
 
 
 @contextlib.contextmanager
 def _lock(run: Run) -> Iterator[None]:
     """Keep a second process out; the system drops the lock when this one dies."""
-    with (run.workdir / ".lock").open("w") as file:
+    with _refused_writes(run):
+        file = (run.workdir / ".lock").open("w")
+    with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -521,7 +785,8 @@ def _is_debris(path: Path) -> bool:
 
 def _repair(run: Run) -> None:
     """Remove what a killed process left half written."""
-    for path in [*run.workdir.iterdir(), *run.workdir.glob("*/*")]:
+    inside = [run.workdir.glob(pattern) for pattern in ("*", "*/*", "parts/*/*")]
+    for path in itertools.chain(*inside):
         if _is_debris(path) and path.name != ".lock":
             path.unlink()
     metrics = run.workdir / "metrics.jsonl"

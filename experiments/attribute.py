@@ -38,6 +38,7 @@ COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "reason")
 VERDICTS = ("ours", "not_ours", "cannot_judge")
 _LOG = "scores.jsonl"
 _DEPARTURE_MAX = 6.0  # times what is usual: the last colour of the maps
+_STOPPED = "the inversion stopped"
 _AVERAGED = 256  # suspects whose activations are averaged
 _HASHES_SHOWN = 100
 
@@ -112,6 +113,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     clock: dict[str, float] = collections.defaultdict(float)
     rows: list[Row] = []
     digests: dict[str, str | None] = {}
+    num_unconverged = 0
     start = time.monotonic()
     with (
         _ScoreLog(record.workdir / _LOG, settings["sha256"]) as log,
@@ -124,6 +126,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             writer.write(new)
             rows += new
             digests.update((judged.path, judged.sha256) for judged in block)
+            num_unconverged += sum(judged.reason.startswith(_STOPPED) for judged in block)
             bar.update(len(block))
         rejected = [
             Row(path, None, None, _threshold(attributor, config.fnr), "cannot_judge", reason)
@@ -142,6 +145,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "output": str(output),
         "num_files": len(rows),
         **{verdict: counts[verdict] for verdict in VERDICTS},
+        "num_unconverged": num_unconverged,
         "num_doubtful": sum(row.verdict != "cannot_judge" and row.reason != "" for row in rows),
         "fnr": config.fnr,
         "smallest_certifiable_fnr": smallest,
@@ -227,7 +231,7 @@ def _score(attributor: Attributor, images: list[tuple[str, str, np.ndarray]]) ->
         converged = bool(scores.converged[i])
         reason = ""
         if not converged:
-            reason = f"the inversion stopped at a relative gap of {scores.relative_gap[i]:.2g}"
+            reason = f"{_STOPPED} at a relative gap of {scores.relative_gap[i]:.2g}"
         elif score is None:
             reason = "the score is not finite"
         judged.append(Judged(path, digest, score, gap, converged, str(doubts[i]), reason))
@@ -382,6 +386,8 @@ def _write_page(config, record, attributor, settings, found, rows, digests, metr
             f"{smallest:.3g}, and {config.fnr:g} was asked for."
         )
     at_fdr = len(metrics["not_ours_at_fdr"])
+    if metrics["num_unconverged"]:
+        notes.append(_unconverged(metrics) + ".")
     notes.append(
         f"Over the whole folder, Benjamini and Hochberg's procedure calls {at_fdr} images not "
         f"ours at a false-discovery rate of {config.fdr:g}: on average at most that share of them "
@@ -426,6 +432,13 @@ def _write_page(config, record, attributor, settings, found, rows, digests, metr
     )
 
 
+def _unconverged(metrics: dict[str, Any]) -> str:
+    return (
+        f"{metrics['num_unconverged']} of {metrics['num_files']} images cannot be judged because "
+        "their inversion did not reach the accuracy that the attributor asks for"
+    )
+
+
 def _shown(rows: list[Row], limit: int) -> tuple[list[Row], str]:
     """The rows that get a picture, and how they were chosen."""
     judged = sorted((r for r in rows if r.score is not None), key=lambda r: -float(r.score or 0))
@@ -467,6 +480,8 @@ def summary(metrics: dict[str, Any]) -> str:
         f"{metrics['num_files']} files: {metrics['ours']} ours, {metrics['not_ours']} not ours, "
         f"{metrics['cannot_judge']} cannot be judged (fnr {metrics['fnr']:g}).",
     ]
+    if metrics["num_unconverged"]:
+        lines.append(_unconverged(metrics) + "; their rows say how near they came.")
     if metrics["num_doubtful"]:
         lines.append(
             f"{metrics['num_doubtful']} verdicts are doubtful, their rows say why: the image does "

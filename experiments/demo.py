@@ -214,6 +214,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                 settings,
                 record.workdir / ("attributor" if name == "one_class" else f"attributors/{name}"),
                 shown,
+                record.kept(f"detector-{name}"),
             ),
             text=f"{shown}: learn from {learns}, score {num_tests} test images",
         )
@@ -224,6 +225,12 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         found[name]["seconds"] = record.seconds[f"detector-{name}"]
         found[name]["fit_seconds"] = float(stage["fit_seconds"])
         found[name]["num_calibration"] = len(stage["calibration"])
+        undecided = sum(counts["undecided"] for counts in found[name]["counts"].values())
+        if undecided:
+            record.warn(
+                f"{shown}: {undecided} of {num_tests} test images are not decided: their inversion "
+                f"did not reach tol {config.tol:g} in {config.max_iters} iterations"
+            )
 
     inversion = record.stage(
         "average_activations",
@@ -291,7 +298,7 @@ def _impostors(ours, rng, config, record) -> dict[str, np.ndarray]:
 
 
 def _fit_and_score(
-    record, layer, z_bar, generated, real, suspects, tests, rng, settings, path, shown
+    record, layer, z_bar, generated, real, suspects, tests, rng, settings, path, shown, kept
 ) -> dict[str, np.ndarray]:
     start = time.monotonic()
     with record.parts(shown) as progress:
@@ -304,13 +311,20 @@ def _fit_and_score(
             impostors=suspects,
             config=settings,
             progress=progress,
+            kept=kept,
         )
         bundle.save(attributor, path)
         # Scored by what was saved: what the numbers describe is what the user has.
         attributor = bundle.load(path)
         fit_seconds = time.monotonic() - start
+
+        def scores_of(images):
+            found = attribution.score_with_info(attributor, images, progress=progress)
+            # Not decided, as a user's image would not be.
+            return {"score": np.where(found.converged, found.score, np.nan)}
+
         scores = {
-            source: attribution.score_with_info(attributor, images, progress=progress).score
+            source: kept.part(f"scores-{source}", functools.partial(scores_of, images))["score"]
             for source, images in tests.items()
         }
     return {
@@ -485,7 +499,9 @@ def _write_report(record, config, results, figures) -> None:
         for name, (shown, _) in DETECTORS.items()
     ]
     sections = [
-        report.Section("Result", [table, learned, reduced]),
+        report.Section(
+            "Result", [table, learned, reduced, *(f"{text}." for text in record.warnings)]
+        ),
         report.Section(
             "What they were asked about",
             [report.Picture(figures["samples"], "Test images, one source a row. Own: our model.")],

@@ -16,6 +16,7 @@ Writes WORKDIR/attributor, for --experiment=attribute and `flipad_jax.load`, and
 
 import dataclasses
 import hashlib
+import math
 import os
 import shlex
 import time
@@ -116,6 +117,15 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         deepsad=DeepSADConfig(widths=config.widths, epochs=config.epochs),
     )
     start = time.monotonic()
+    # Named by all that is fitted to: what an earlier start kept of other images is not taken.
+    digest = hashlib.sha256(loaded.z_bar.tobytes())
+    for array in (own.images, real, impostors, *jax.tree.leaves(loaded.layer)):
+        digest.update(b"" if array is None else np.asarray(array).tobytes())
+    activation_bytes = 4 * math.prod(loaded.layer.operator.input_shape)
+    num_inverted = len(own.images) + (len(real) if config.detector == "deepsad" else 0)
+    record.need_room(
+        num_inverted * activation_bytes, f"activations of {num_inverted} images, until all is done"
+    )
     with record.parts("fit") as progress:
         attributor = attribution.fit(
             loaded.layer,
@@ -126,6 +136,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             impostors=impostors,
             config=settings,
             progress=progress,
+            kept=record.kept(f"fit-{digest.hexdigest()[:12]}"),
         )
     fit_seconds = time.monotonic() - start
     path = record.workdir / "attributor"
@@ -139,6 +150,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "num_generated": len(own.images),
         "left_out": [row._asdict() for row in own.rejected],
         "num_calibration": len(own_scores),
+        "num_unconverged": int(len(own.images) * settings.calibration_share) - len(own_scores),
         "smallest_certifiable_fnr": calibration.smallest_certifiable_fnr(len(own_scores)),
         "fnr": config.fnr,
         "threshold": threshold,
@@ -146,12 +158,18 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "notes": list(loaded.notes),
         "fit_seconds": fit_seconds,
     }
+    if found["num_unconverged"]:
+        record.warn(_unconverged(config, found["num_unconverged"], "own images that calibrate"))
     if found["smallest_certifiable_fnr"] > config.fnr > 0:
         record.warn(_too_few(found))
     rivals = {}
     if real is not None and config.detector != "deepsad":
-        rivals["real"] = attribution.score(attributor, real)
+        scored = attribution.score_with_info(attributor, real)
+        rivals["real"] = np.where(scored.converged, scored.score, np.nan)
         found["real"] = metrics.summary(own_scores, rivals, threshold)
+        found["real"]["num_unconverged"] = int((~scored.converged).sum())
+        if found["real"]["num_unconverged"]:
+            record.warn(_unconverged(config, found["real"]["num_unconverged"], "real images"))
     _write_page(config, record, found, attributor, own, real, rivals)
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return found
@@ -225,6 +243,13 @@ def _too_few(found: dict[str, Any]) -> str:
     )
 
 
+def _unconverged(config: Config, count: int, what: str) -> str:
+    return (
+        f"{count} {what} are left out or not decided: their inversion did not reach --tol="
+        f"{config.tol:g} in {config.max_iters} iterations"
+    )
+
+
 def _write_page(config, record, found, attributor, own, real, rivals) -> None:
     samples = {"own": own.images[:24]} | ({} if real is None else {"real": real[:24]})
     figures = {"samples": report.image_grid(samples, num_columns=24)}
@@ -243,6 +268,9 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
     ]
     if found["smallest_certifiable_fnr"] > config.fnr > 0:
         blocks.append(_too_few(found) + ".")
+    if found["num_unconverged"]:
+        what = "own images that calibrate"
+        blocks.append(_unconverged(config, found["num_unconverged"], what) + ".")
     blocks += [note + "." for note in found["notes"]]
     sections = [
         report.Section("Result", blocks),
@@ -256,11 +284,13 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
             attributor.calibration_scores, rivals, found["threshold"], fnr=config.fnr
         )
         accuracy = found["real"]["accuracy"]["real"]
+        missed = found["real"]["num_unconverged"]
         sections.append(
             report.Section(
                 "Real images",
                 [
                     f"Nothing was fitted on them. Accuracy against own images: {accuracy:.1%}.",
+                    *([_unconverged(config, missed, "real images") + "."] if missed else []),
                     report.Picture(figures["scores"], "Scores of own and of real images."),
                 ],
             )

@@ -169,7 +169,7 @@ def _write_page(config, record, results, generators) -> None:
         report.Section(
             "Settings",
             [
-                _attribution.settings_text(config),
+                *_attribution.settings_texts(config, record),
                 f"Ours in turn: {', '.join(FAMILY_NAMES[family] for family in _ours(config))}.",
             ],
         ),

@@ -127,7 +127,7 @@ def _write_page(config, record, results, samples) -> None:
             "What they were asked about",
             [report.Picture(grid, "Samples; a row per generator. Seeds draw alike.")],
         ),
-        report.Section("Settings", [_attribution.settings_text(config)]),
+        report.Section("Settings", _attribution.settings_texts(config, record)),
     ]
     lead = (
         "Which method tells images of our generator from those of the same architecture, trained "

@@ -134,7 +134,7 @@ def _write_page(config, record, results, samples) -> None:
             "What they were asked about",
             [report.Picture(grid, "Real images and samples of every generator (Figure 7).")],
         ),
-        report.Section("Settings", [_attribution.settings_text(config)]),
+        report.Section("Settings", _attribution.settings_texts(config, record)),
     ]
     lead = (
         "Which method tells images of our generator from those of other architectures and from "

@@ -1,6 +1,7 @@
 """A folder of suspicious files, judged as a user does it."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -176,6 +177,23 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(attributor_folder, tmp_pa
     scores = [float(row["score"]) for row in rows[:1000]]
     assert stats.ks_2samp(scores, calibration).pvalue > 0.01
     assert np.mean(np.array(p_values) <= 0.05) < 0.1
+
+
+def test_inversions_that_missed_their_bound_are_counted(attributor_folder, tmp_path, capsys):
+    fitted = flipad_jax.load(attributor_folder)
+    strict = dataclasses.replace(fitted.config, tol=1e-9, max_iters=3)
+    flipad_jax.save(dataclasses.replace(fitted, config=strict), tmp_path / "strict")
+    data.write_images(tmp_path / "s", own_images(2, 5)[0])
+    (tmp_path / "s" / "broken.png").write_bytes(b"no image")
+    output = tmp_path / "v.csv"
+    flags = (f"--attributor={tmp_path / 'strict'}", f"--images={tmp_path / 's'}")
+    for _ in range(2):  # the second time from the scores that are kept
+        assert run(*flags, f"--output={output}") == 0
+        results = json.loads((tmp_path / "v.csv.run" / "results.json").read_text())["metrics"]
+        assert results["num_unconverged"] == 5 and results["cannot_judge"] == 6
+        words = "5 of 6 images cannot be judged because their inversion"
+        assert words in capsys.readouterr().out
+        assert words in (tmp_path / "v.csv.run" / "report.html").read_text()
 
 
 def test_a_single_file_is_judged(attributor_folder, tmp_path):

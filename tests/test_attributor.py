@@ -168,6 +168,27 @@ def test_an_inversion_without_certificate_is_no_verdict(fitted):
         fit(tol=1e-9, max_iters=3)
 
 
+def missing(monkeypatch, count):
+    """The first `count` images of every set are scored as if their inversion missed its bound."""
+    honest = attribution.score_with_info
+
+    def marked(*args, **kwargs):
+        found = honest(*args, **kwargs)
+        return found._replace(converged=found.converged & (np.arange(len(found.score)) >= count))
+
+    monkeypatch.setattr(attribution, "score_with_info", marked)
+
+
+def test_calibration_images_without_certificate_set_no_threshold(fitted, monkeypatch, caplog):
+    missing(monkeypatch, 7)
+    found = fit().calibration_scores
+    assert len(found) == 93 and set(found) < set(fitted.calibration_scores)
+    assert "7 of 100 calibration images are left out" in caplog.text
+    missing(monkeypatch, 100)
+    with pytest.raises(ValueError, match="none of 100 inversions of calibration images reached"):
+        fit()
+
+
 def test_no_images_no_verdicts(fitted):
     assert flipad_jax.verdicts(fitted, OWN[:0]).verdict.shape == (0,)
 
@@ -293,3 +314,70 @@ def test_own_images_that_were_processed_are_doubted_and_untouched_ones_are_not(t
     np.testing.assert_array_equal(attribution.doubts(loaded, spoiled), found.doubt)
     assert not any(attribution.doubts(fit(), spoiled))
     assert attribution.doubts(fitted, fresh[:0]).shape == (0,)
+
+
+class Shelf:
+    """Keeps everything, and dies at the write of that number."""
+
+    def __init__(self):
+        self.parts, self.states, self.dies_at = {}, {}, None
+        self.computed = []
+
+    def _write(self):
+        self.dies_at = None if self.dies_at is None else self.dies_at - 1
+        if self.dies_at == 0:
+            raise KeyboardInterrupt
+
+    def part(self, name, compute):
+        if name not in self.parts:
+            self.computed.append(name)
+            found = {key: np.asarray(value) for key, value in compute().items()}
+            self._write()
+            self.parts[name] = found
+        return self.parts[name]
+
+    def restore(self, name, like):
+        state = self.states.get(name)
+        return (
+            None if state is None else jax.tree.map(lambda _, leaf: jnp.asarray(leaf), like, state)
+        )
+
+    def save(self, name, step, state):
+        self.computed.append(f"{name}, epoch {step}")
+        self._write()
+        self.states[name] = jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("detector", ["one_class", "deepsad"])
+def test_a_fit_that_was_killed_goes_on_to_the_same_attributor(detector, monkeypatch):
+    image_bytes = 4 * 8 * 8 * CHANNELS
+    monkeypatch.setattr(attribution, "_PART", 130 * image_bytes)  # two batches of 64
+    config = AttributorConfig(detector=detector, **QUICK, batch_size=64)
+    real = None if detector == "one_class" else REAL
+
+    def fit(kept=None):
+        return flipad_jax.fit(
+            LAYER, Z_BAR, OWN, real, rng=jax.random.key(0), config=config, kept=kept
+        )
+
+    expected, shelf = fit(), Shelf()
+    for _ in range(50):  # killed at the second write of every start
+        shelf.dies_at = 2
+        try:
+            found = fit(shelf)
+            break
+        except KeyboardInterrupt:
+            pass
+    same = jax.tree.map(
+        np.array_equal, (expected.detector, expected.profile), (found.detector, found.profile)
+    )
+    assert all(jax.tree.leaves(same))
+    np.testing.assert_array_equal(found.calibration_scores, expected.calibration_scores)
+    names = {
+        "one_class": ["own-0", "own-128", "own-256", "calibration-0"],
+        "deepsad": ["own-0", "own-128", "own-256", "real-0", "real-128"]
+        + ["deepsad, epoch 1", "deepsad, epoch 2", "calibration-0"],
+    }
+    assert sorted(set(shelf.computed)) == sorted(names[detector])
+    # All but what was being written is computed once.
+    assert len(shelf.computed) < 2 * len(names[detector])

@@ -1,21 +1,26 @@
 """Settings, flags, presets and the run record, on a toy experiment that the tests write."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 
-from experiments import _config, _record
+from experiments import _config, _record, _stopping
+from flipad_jax import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,8 +30,13 @@ DEMO = '''
 More text, which help leaves out.
 """
 import dataclasses
+import errno
+import os
+import signal
+import time
 import numpy as np
 from experiments._config import setting
+from flipad_jax import checkpoints
 
 CALLS = []
 
@@ -54,6 +64,17 @@ def run(config, record):
         raise RuntimeError("a bug")
     if config.images == "interrupt":
         raise KeyboardInterrupt
+    if config.images == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    if config.images == "preempt":
+        assert not record.should_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not record.should_stop():
+            time.sleep(0.01)
+        raise checkpoints.Preempted
+    if config.images == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
     z = record.stage("second", lambda: {"z": np.full(2, config.seed)})["z"]
     return {"sum": z.sum(), "auc": np.float32("nan"), "per_rival": {"a": np.ones(2)}}
 
@@ -413,7 +434,99 @@ def test_an_interrupted_run_says_how_to_go_on(toy, demo, capsys):
     assert "Traceback" not in error
 
 
-# Stages.
+@pytest.mark.parametrize("images", ["term", "preempt"])
+def test_sigterm_ends_a_run_in_good_order(toy, demo, capsys, images):
+    assert command(toy, f"--images={images}", "--workdir=w") == 143
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        "stopped by SIGTERM; go on with: python run.py --flagfile=w/config.flags --workdir=w"
+    )
+    assert Path("w/stages/first.npz").exists() and not Path("w/results.json").exists()
+    assert not list(Path("w").rglob("*.tmp"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_before_the_run_begins_is_said(toy, demo, capsys, monkeypatch):
+    monkeypatch.setattr(_config, "_names", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert command(toy) == 143
+    assert capsys.readouterr().err == (
+        "stopped by SIGTERM; nothing was begun; give the same command again\n"
+    )
+
+
+def test_workers_that_die_of_sigterm_as_well_are_no_error_of_ours(toy, demo, monkeypatch, capsys):
+    def run(config, record):
+        assert not record.should_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        raise RuntimeError("a worker is gone")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert command(toy) == 143
+    error = capsys.readouterr().err
+    assert "a worker is gone" in error and "go on with" in error.splitlines()[-1]
+
+
+# The disk.
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(toy, demo, capsys):
+    assert command(toy, "--images=full", "--workdir=w") == 74
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: nothing more could be written (some/file: No space left")
+    assert "--flagfile=w/config.flags" in line
+    assert Path("w/stages/first.npz").exists()
+
+
+def test_no_room_is_told_before_anything_is_computed(toy, demo, capsys, monkeypatch):
+    monkeypatch.setattr(_record, "_ROOM", 2**60)
+    assert command(toy, "--workdir=w") == 2
+    line = one_error(capsys)
+    assert "--workdir=w has" in line and "free" in line and "1,099,511,627,776 MiB" in line
+    assert demo.CALLS == []
+
+
+def test_a_complete_run_is_shown_on_a_full_disk(toy, demo, capsys, monkeypatch):
+    assert command(toy, "--workdir=w") == 0
+    monkeypatch.setattr(_record, "_ROOM", 2**60)
+    assert command(toy, "--workdir=w") == 0
+    assert len(demo.CALLS) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("refused", ["mkdir", "open", "write_bytes"])
+def test_a_workdir_that_cannot_be_written_is_one_line(
+    toy, demo, capsys, monkeypatch, number, refused
+):
+    real = getattr(Path, refused)
+
+    def refuse(path, *args, **kwargs):
+        if path.name in ("w", ".lock") or path.name.startswith(".trial"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, refused, refuse)
+    assert command(toy, "--workdir=w") == 2
+    line = one_error(capsys)
+    assert "--workdir=w cannot be written to" in line and os.strerror(number) in line
+    assert demo.CALLS == []
+
+
+def test_what_causes_an_error_may_be_a_full_disk():
+    full = OSError(errno.ENOSPC, "full")
+    try:
+        try:
+            raise full
+        except OSError as error:
+            raise ValueError("cannot save") from error
+    except ValueError as error:
+        assert _record.out_of_room(error)
+    assert _record.out_of_room(ValueError("RESOURCE_EXHAUSTED: pwrite: No space left on device"))
+    assert not _record.out_of_room(FileNotFoundError(errno.ENOENT, "no such file"))
+    assert not _record.out_of_room(None)
+
+
+# Parts of what is not finished.
 
 
 @pytest.fixture
@@ -424,6 +537,76 @@ def resumable(tmp_path):
         return _record.open_workdir(tmp_path / "run", {"experiment": "demo"}, commit=commit)
 
     return start
+
+
+def test_parts_are_kept_until_their_stage_is_finished(resumable, tmp_path, monkeypatch):
+    monkeypatch.setattr(_record, "_KEEP_EVERY", 0.0)
+    calls = []
+
+    def compute(value):
+        calls.append(value)
+        return {"a": np.full(3, value)}
+
+    def stage(record, dies):
+        def all_parts():
+            kept = record.kept("sum")
+            parts = [kept.part(f"p{i}", lambda i=i: compute(i))["a"] for i in range(3)]
+            if dies:
+                kept.save("state", 6, {"x": jnp.zeros(3)})
+                kept.save("state", 7, {"x": jnp.arange(3.0)})
+                raise KeyboardInterrupt
+            state = kept.restore("state", {"x": jnp.zeros(3)})
+            return {"sum": np.sum(parts, axis=0), "x": np.asarray(state["x"])}
+
+        return record.stage("sum", all_parts)
+
+    with resumable() as record, pytest.raises(KeyboardInterrupt):
+        stage(record, dies=True)
+    damaged = tmp_path / "run/parts/sum/p1.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    (tmp_path / "run/parts/sum/p2.npz.77.tmp").write_bytes(b"half")
+    with resumable() as record:
+        found = stage(record, dies=False)
+        assert "parts/sum/p1.npz is damaged" in record.warnings[0]
+    assert calls == [0, 1, 2, 1]
+    np.testing.assert_array_equal(found["sum"], np.full(3, 3))
+    np.testing.assert_array_equal(found["x"], np.arange(3))
+    assert not (tmp_path / "run/parts/sum").exists()
+
+
+def test_what_is_quick_is_not_written(resumable, tmp_path):
+    with resumable() as record:
+        kept = record.kept("quick")
+        for i in range(3):
+            kept.part(f"p{i}", lambda: {"a": np.ones(2)})
+            kept.save("state", i, {"x": jnp.zeros(2)})
+        assert kept.restore("state", {"x": jnp.zeros(2)}) is None
+    assert not list((tmp_path / "run").rglob("*.npz"))
+
+
+def test_sigterm_keeps_what_is_there_and_ends(resumable, tmp_path):
+    with _stopping.listening(), resumable() as record:
+        kept = record.kept("slow")
+
+        def compute():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return {"a": np.ones(2)}
+
+        with pytest.raises(checkpoints.Preempted):
+            kept.part("p0", compute)
+        with pytest.raises(checkpoints.Preempted):
+            kept.save("state", 3, {"x": jnp.ones(2)})
+        with pytest.raises(checkpoints.Preempted):
+            kept.part("p1", lambda: pytest.fail("computed"))
+    with resumable() as record:
+        kept = record.kept("slow")
+        np.testing.assert_array_equal(kept.part("p0", lambda: pytest.fail())["a"], np.ones(2))
+        assert kept.restore("state", {"x": jnp.zeros(2)})["x"].sum() == 2
+        record.finish({}, {})
+    assert not (tmp_path / "run/parts").exists()
+
+
+# Stages.
 
 
 def test_a_restart_keeps_what_was_computed(resumable, tmp_path):

@@ -12,6 +12,7 @@ from toy_model import BIAS, KERNEL, LAYER, own_images
 import flipad_jax
 from experiments import _config
 from flipad_jax import data
+from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection.deepsad import DeepSADConfig
 
 IMAGES, ACTIVATIONS = own_images(1, 800)
@@ -102,6 +103,25 @@ def test_few_images_go_on_and_say_what_they_certify(files, tmp_path, capsys):
     said = capsys.readouterr()
     assert "25 calibration images certify no fnr below 0.0385; 0.005 takes 199" in said.err
     assert "0.0385" in said.out and "199" in (tmp_path / "w" / "report.html").read_text()
+
+
+def test_inversions_that_missed_their_bound_are_counted(files, tmp_path, monkeypatch):
+    honest = attribution.score_with_info
+
+    def marked(*args, **kwargs):
+        found = honest(*args, **kwargs)
+        return found._replace(converged=np.arange(len(found.score)) >= 3)
+
+    monkeypatch.setattr(attribution, "score_with_info", marked)
+    assert run(*flags_of(files, real=files / "real", workdir=tmp_path / "w")) == 0
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    found = results["metrics"]
+    assert found["num_calibration"] == 197 and found["num_unconverged"] == 3
+    assert found["real"]["num_unconverged"] == found["real"]["counts"]["real"]["undecided"] == 3
+    page = (tmp_path / "w" / "report.html").read_text()
+    for what in ("3 own images that calibrate", "3 real images"):
+        assert any(what in warning for warning in results["warnings"])
+        assert what in page
 
 
 @pytest.mark.parametrize(

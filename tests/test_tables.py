@@ -15,6 +15,7 @@ from experiments import (
     single_model_attribution,
 )
 from flipad_jax import data
+from flipad_jax.detection import attributor as attribution
 from flipad_jax.generators import zoo
 
 
@@ -43,6 +44,28 @@ def _table_2(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("table2")
     assert run(workdir, "single_model_attribution") == 0
     return workdir
+
+
+@pytest.mark.slow
+def test_inversions_that_missed_their_bound_are_undecided_and_counted(tmp_path, monkeypatch):
+    honest = attribution.score_with_info
+
+    def marked(*args, **kwargs):
+        found = honest(*args, **kwargs)
+        return found._replace(converged=np.arange(len(found.score)) >= 3)
+
+    monkeypatch.setattr(attribution, "score_with_info", marked)
+    flags = ("--methods=one_class", "--seeds=0", f"--generators={tmp_path / 'generators'}")
+    assert run(tmp_path / "w", "single_model_attribution", *flags) == 0
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    # Three each of own, real, rival and calibration images.
+    for family in ("dcgan", "lsgan"):
+        words = f"one_class-{family}-0: 12 images are not decided"
+        assert any(words in warning for warning in results["warnings"])
+        assert words in (tmp_path / "w" / "report.html").read_text()
+        with np.load(tmp_path / "w" / "stages" / f"one_class-{family}-0.npz") as stage:
+            assert np.isnan(stage["own"]).sum() == np.isnan(stage["real"]).sum() == 3
+            assert len(stage["calibration"]) == 57
 
 
 @pytest.mark.slow

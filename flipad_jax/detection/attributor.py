@@ -19,8 +19,9 @@ Four detectors are one configuration away:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ __all__ = [
     "AttributorConfig",
     "DeepSADDetector",
     "Departures",
+    "Kept",
     "Scores",
     "Verdicts",
     "decide",
@@ -62,6 +64,7 @@ __all__ = [
 
 DETECTORS = ("one_class", "deepsad")
 _USUAL_FNR = 0.005  # of the FLIPAD paper
+_PART = 2**26  # bytes of activations that are kept at a time
 _DOUBTED = 0.01  # p-value of "untouched" up to which a verdict is doubted
 
 
@@ -239,6 +242,33 @@ class Verdicts(NamedTuple):
     doubt: np.ndarray
 
 
+class Kept(Protocol):
+    """What a `fit` that was killed had done: where that lies, and how often, is the caller's."""
+
+    def part(
+        self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Mapping[str, np.ndarray]:
+        """The arrays that `compute` returns, or that it returned when it was called before."""
+
+    def restore(self, name: str, like: Any) -> Any | None:
+        """The state that was saved last, a tree of arrays such as `like`; None if there is none."""
+
+    def save(self, name: str, step: int, state: Any) -> None:
+        """A state that the work could go on from, after so many steps; it need not be written."""
+
+
+class _NothingKept:
+    def part(self, name, compute):
+        del name
+        return compute()
+
+    def restore(self, name, like):
+        del name, like
+
+    def save(self, name, step, state):
+        del name, step, state
+
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -261,10 +291,11 @@ def _activations(layer, z_bar, config, images):
 
 
 def _raw_features(
-    layer, z_bar, config, images, what, progress
+    layer, z_bar, config, images, what, first, last, *, progress
 ) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
-    """(first image, activations z' or images in [-1, 1] `[b, h, w, c]` float32), batch by batch."""
-    for start, count, batch in _batches(images, config.batch_size):
+    """(first image, activations z' or images in [-1, 1] `[b, h, w, c]` float32), batch by batch,
+    of the images from `first` to before `last`."""
+    for start, count, batch in _batches(images, config.batch_size, first, last):
         if config.features != "activations":
             yield start, np.asarray(data.to_float(batch[:count]), np.float32)
             continue
@@ -281,16 +312,40 @@ def _raw_features(
         progress(what, start + count, len(images))
 
 
-def _batches(images: np.ndarray | jax.Array, size: int) -> Iterator[tuple[int, int, Any]]:
-    """(first image, how many count, batch) for all images.
+def _batches(
+    images: np.ndarray | jax.Array, size: int, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, int, Any]]:
+    """(first image, how many count, batch) for all images, or those from `first` to before `last`.
 
     The last batch is filled up to a power of two, 16 at least, with its last image: a folder of
     any length compiles a few programs and not one of its own.
     """
-    for start in range(0, len(images), size):
-        count = min(size, len(images) - start)
+    last = len(images) if last is None else last
+    for start in range(first, last, size):
+        count = min(size, last - start)
         padded = min(size, max(16, 1 << (count - 1).bit_length()))
         yield start, count, images[np.minimum(np.arange(start, start + padded), start + count - 1)]
+
+
+def _in_parts(
+    layer: FinalLayer,
+    config: AttributorConfig,
+    num_images: int,
+    name: str,
+    kept: Kept,
+    compute: Callable[[int, int], Mapping[str, np.ndarray]],
+) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+    """(first image, arrays) of some whole batches at a time, where images are inverted kept.
+
+    Inverting an image takes milliseconds to seconds, reading its activations back next to nothing.
+    """
+    image_bytes = 4 * math.prod(layer.operator.input_shape)
+    size = config.batch_size * max(_PART // (image_bytes * config.batch_size), 1)
+    for first in range(0, num_images, size):
+        last = min(first + size, num_images)
+        once = functools.partial(compute, first, last)
+        inverts = config.features == "activations"
+        yield first, kept.part(f"{name}-{first}", once) if inverts else once()
 
 
 _extract = jax.jit(features.extract, static_argnums=0)
@@ -305,7 +360,7 @@ def _profile(own: features.Moments) -> ActivationProfile:
     return ActivationProfile(own.mean, jnp.sqrt(variance + floor), int(own.num_samples))
 
 
-def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
+def _deepsad_detector(raw, in_parts, own_images, real_images, rng, config, progress, kept):
     """DeepSAD and, if it looks at activations, the profile of own ones.
 
     Features of all images are never in memory at once if they are large: see `feature_rows`.
@@ -313,23 +368,36 @@ def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
     settings = config.deepsad_config()
     chosen = features.preset(config.features, config.convention)
 
-    def stream(images, what):
+    def stream(images, name):
+        what = f"inverting {name} images"
         if not len(images):
             raise ValueError(f"{what}: there are none, and the deepsad detector needs both kinds")
-        rows, moments, raw_shape = None, None, None
-        for start, batch in raw(images, what):
-            raw_shape = batch.shape[1:]
-            if config.features == "activations":
-                part = _moments(batch)
-                moments = part if moments is None else _merge_moments(moments, part)
-            reduced = np.asarray(_extract(chosen, jnp.asarray(batch)))
-            if rows is None:
-                rows = FeatureRows((len(images), *reduced.shape[1:]))
-            rows[start : start + len(reduced)] = reduced
-        return rows, moments, raw_shape
 
-    own, moments, raw_shape = stream(own_images, "inverting own images")
-    real, _, _ = stream(real_images, "inverting real images")
+        def compute(first, last):
+            reduced, moments, raw_shape = [], [], ()
+            for _, batch in raw(images, what, first, last):
+                raw_shape = batch.shape[1:]
+                if config.features == "activations":
+                    moments.append(_moments(batch))
+                reduced.append(np.asarray(_extract(chosen, jnp.asarray(batch))))
+            found = {"rows": np.concatenate(reduced), "raw_shape": np.asarray(raw_shape)}
+            if moments:
+                stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *moments)
+                found |= stacked._asdict()
+            return found
+
+        rows, moments = None, None
+        for first, part in in_parts(len(images), name, compute):
+            for place in range(len(part["mean"]) if config.features == "activations" else 0):
+                once = features.Moments(*(part[field][place] for field in features.Moments._fields))
+                moments = once if moments is None else _merge_moments(moments, once)
+            if rows is None:
+                rows = FeatureRows((len(images), *part["rows"].shape[1:]))
+            rows[first : first + len(part["rows"])] = part["rows"]
+        return rows, moments, tuple(int(side) for side in part["raw_shape"])
+
+    own, moments, raw_shape = stream(own_images, "own")
+    real, _, _ = stream(real_images, "real")
     # The rows are resized and transformed already: what is left to learn is their scale.
     scale = features.fit(
         dataclasses.replace(chosen, kind="activations", size=None),
@@ -340,14 +408,14 @@ def _deepsad_detector(raw, own_images, real_images, rng, config, progress):
         for start in range(0, len(rows), config.batch_size):
             part = slice(start, min(start + config.batch_size, len(rows)))
             rows[part] = np.asarray(_prepare(scale, rows[part]))
+    like = deepsad.init(rng, own.shape[1:], settings)
+
+    def after_epoch(state):
+        progress("training DeepSAD, epochs", int(state.epoch), settings.epochs)
+        kept.save("deepsad", int(state.epoch), state)
+
     model, _ = deepsad.fit(
-        rng,
-        own,
-        real,
-        settings,
-        progress=lambda state: progress(
-            "training DeepSAD, epochs", int(state.epoch), settings.epochs
-        ),
+        rng, own, real, settings, state=kept.restore("deepsad", like), progress=after_epoch
     )
     fitted = dataclasses.replace(scale, config=chosen, input_shape=tuple(raw_shape))
     return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
@@ -363,6 +431,7 @@ def fit(
     impostors: np.ndarray | None = None,
     config: AttributorConfig = AttributorConfig(),
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Attributor:
     """Fit a detector to a generator.
 
@@ -378,13 +447,17 @@ def fit(
         far better.
       config: settings.
       progress: called with (what is being done, how much is done, of how much).
+      kept: what an earlier call with the same arguments had done, which is not done again: inverted
+        images and epochs of DeepSAD. The result is the same. (Impostors' images are learned in some
+        minutes, which are not kept.)
     Returns:
-      The attributor. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
+      The attributor. Calibration images whose inversion missed its tolerance are left out of
+      `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
     Raises:
       ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
         at least, for the one-class detector), or inversions that miss their tolerance.
     """
-    progress = progress or _no_progress
+    progress, kept = progress or _no_progress, kept or _NothingKept()
     shape = _image_shape(layer)
     generated = data.check_images(generated, shape=shape)
     if (real is None) != (config.detector == "one_class"):
@@ -427,6 +500,10 @@ def fit(
         progress("learning what untouched images look like", 1, 1)
     z_bar = jnp.asarray(z_bar)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
+
+    def in_parts(num_images, name, compute):
+        return _in_parts(layer, config, num_images, name, kept, compute)
+
     calibrating, rest = order[:num_calibration], order[num_calibration:]
     profile = None
     detector: OneClass | DeepSADDetector
@@ -437,13 +514,19 @@ def fit(
         activation = layer.operator.input_shape
         held_out = FeatureRows((len(reference), *activation))
         fitted_on = FeatureRows((len(inverted), *activation))
-        for start, batch in raw(chosen, "inverting own images"):
-            cut = min(max(len(reference) - start, 0), len(batch))
+
+        def activations(first, last):
+            found = raw(chosen, "inverting own images", first, last)
+            return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
+
+        for start, part in in_parts(len(chosen), "own", activations):
+            rows = part["rows"]
+            cut = min(max(len(reference) - start, 0), len(rows))
             if cut:
-                held_out[start : start + cut] = np.asarray(batch[:cut])
-            if cut < len(batch):
+                held_out[start : start + cut] = rows[:cut]
+            if cut < len(rows):
                 first = start + cut - len(reference)
-                fitted_on[first : first + len(batch) - cut] = np.asarray(batch[cut:])
+                fitted_on[first : first + len(rows) - cut] = rows[cut:]
         moments = map(_moments, fitted_on.batches(config.batch_size))
         profile = _profile(functools.reduce(_merge_moments, moments))
         classifier = None
@@ -466,10 +549,31 @@ def fit(
         )
     else:
         detector, profile = _deepsad_detector(
-            raw, generated[rest], real, train_rng, config, progress
+            raw, in_parts, generated[rest], real, train_rng, config, progress, kept
         )
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
-    scores = score_with_info(attributor, generated[calibrating], progress=progress).score
+
+    def calibration_scores(first, last):
+        part = generated[calibrating[first:last]]
+        found = score_with_info(attributor, part, progress=progress)
+        # What would get no verdict sets no threshold.
+        return {"score": found.score[found.converged]}
+
+    scores = np.concatenate(
+        [part["score"] for _, part in in_parts(num_calibration, "calibration", calibration_scores)]
+    )
+    if len(scores) < num_calibration:
+        logging.warning(
+            "%d of %d calibration images are left out: their inversion did not reach tol=%g",
+            num_calibration - len(scores),
+            num_calibration,
+            config.tol,
+        )
+    if not len(scores):
+        raise ValueError(
+            f"none of {num_calibration} inversions of calibration images reached tol={config.tol} "
+            f"in {config.max_iters} iterations: allow more iterations or a larger tol"
+        )
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
 
 
