@@ -89,23 +89,26 @@ def measure_updates(root, batch_size, num_models, num_steps, repeats):
     state = user_generators.init(root, num_models, config)
     shifts = jax.random.normal(key_rng, (num_models, *root.image_shape), jnp.float32)
     shifts *= 3 / jnp.linalg.norm(shifts.reshape(num_models, -1), axis=1)[:, None, None, None]
-    alone = [jax.tree.map(lambda leaf: leaf[i], state) for i in range(num_models)]
-    own_shifts = list(shifts)
+    alone = [jax.tree.map(lambda leaf: leaf[i : i + 1], state) for i in range(num_models)]
+    own_shifts = [shifts[i : i + 1] for i in range(num_models)]
+    step = functools.partial(
+        user_generators._step, root, rng, update=user_generators._match, config=config
+    )
     jax.block_until_ready((state, alone, own_shifts))
 
     def together():
         found = state
         for _ in range(num_steps):
-            found, losses = user_generators._match_all(root, found, shifts, rng, config)
+            found, losses = step(found, shifts)
         return found, losses
 
     def in_turn():
         found, losses = [], []
         for own, shift in zip(alone, own_shifts):
             for _ in range(num_steps):
-                own, loss = user_generators._match_one(root, own, shift, rng, config)
+                own, loss = step(own, shift)
             found.append(own)
-            losses.append(loss)
+            losses.append(loss[0])
         return found, losses
 
     forms = dict(zip(FORMS, (together, in_turn)))

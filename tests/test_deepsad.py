@@ -241,7 +241,7 @@ def test_host_arrays_train_the_same_detector():
 def test_an_epoch_sees_every_sample_once_and_drops_the_rest(monkeypatch):
     seen = []
 
-    def record(state, x, labels, config):
+    def record(state, x, labels, config, mesh):
         seen.append((np.asarray(x), np.asarray(labels)))
         return state, jnp.float32(len(seen))
 

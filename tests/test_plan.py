@@ -177,7 +177,7 @@ def test_training_calls_what_is_planned(monkeypatch):
     gan = dcgan((8, 8, 1), latent_dim=4, features=(4,))
     calls = []
 
-    def step_all(states, images, **static):
+    def step_all(states, images, *, mesh, **static):
         calls.append((shapes((states, images)), static))
         return states, training.Losses(np.zeros(1), np.zeros(1))
 
@@ -240,7 +240,7 @@ def test_deepsad_calls_what_is_planned(monkeypatch):
     stage = _plan.deepsad_training(config, (8, 8, 3), 30)
     calls = []
 
-    def step(state, x, labels, config):
+    def step(state, x, labels, config, mesh):
         calls.append((shapes((state, x)), labels.shape, config))
         return state, np.float32(0)
 

@@ -1,6 +1,7 @@
 """Keyed generators on an 8 x 8 root: the shift is learned, is seen, and survives a blur."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +88,16 @@ def test_the_error_of_eq_5_is_small_and_theorem_1_holds(root, keys, found, data)
 def test_all_users_in_one_program_are_users_one_by_one(root, keys):
     state = user_generators.init(root, 2, CONFIG)
     shifts = jnp.asarray(2 * keys)
-    together, losses = user_generators._match_all(root, state, shifts, jax.random.key(0), CONFIG)
+    step = functools.partial(
+        user_generators._step, root, jax.random.key(0), update=user_generators._match, config=CONFIG
+    )
+    together, losses = step(state, shifts)
     for i in range(2):
-        own = jax.tree.map(lambda leaf: leaf[i], state)
-        alone, loss = user_generators._match_one(root, own, shifts[i], jax.random.key(0), CONFIG)
-        np.testing.assert_allclose(losses[i], loss, rtol=1e-4)
+        own = jax.tree.map(lambda leaf: leaf[i : i + 1], state)
+        alone, loss = step(own, shifts[i : i + 1])
+        np.testing.assert_allclose(losses[i], loss[0], rtol=1e-4)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a[i], b, atol=2e-5),
+            lambda a, b: np.testing.assert_allclose(a[i], b[0], atol=2e-5),
             together.params,
             alone.params,
         )
@@ -113,11 +117,13 @@ def test_robust_training_of_all_users_in_one_program_is_that_of_users_one_by_one
         return user_generators.train_robust(root, state, keys, jax.random.key(6), chosen, noise)
 
     alone, losses = train()
-    everybody = user_generators._resist_all
+    step = user_generators._step
     monkeypatch.setattr(jax, "default_backend", lambda: "another")
-    monkeypatch.setattr(user_generators, "_resist_all", lambda *a: tried.append(1) or everybody(*a))
+    monkeypatch.setattr(
+        user_generators, "_step", lambda *a, **k: tried.append(len(a[2].user)) or step(*a, **k)
+    )
     together, losses_together = train()
-    assert len(tried) == 4
+    assert tried == [3] * 4
     np.testing.assert_allclose(losses_together, losses, rtol=0, atol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),

@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 from flax import struct
 
-from flipad_jax import conventions, data
+from flipad_jax import conventions, data, parallel
 from flipad_jax.detection import (
     calibration,
     deepsad,
@@ -294,12 +294,15 @@ def _raw_features(
     layer, z_bar, config, images, what, first, last, *, progress
 ) -> Iterator[tuple[int, np.ndarray | jax.Array]]:
     """(first image, activations z' or images in [-1, 1] `[b, h, w, c]` float32), batch by batch,
-    of the images from `first` to before `last`."""
+    of the images from `first` to before `last`.
+
+    Of several processes each inverts its part of every batch, and all get all of it.
+    """
     for start, count, batch in _batches(images, config.batch_size, first, last):
         if config.features != "activations":
             yield start, np.asarray(data.to_float(batch[:count]), np.float32)
             continue
-        z, info = _activations(layer, z_bar, config, batch)
+        z, info = parallel.in_parts(functools.partial(_activations, layer, z_bar, config), batch)
         converged = np.asarray(info.converged)[:count]
         if config.tol > 0 and not converged.all():
             bad = start + np.flatnonzero(~converged)
@@ -433,7 +436,9 @@ def fit(
     progress: Progress | None = None,
     kept: Kept | None = None,
 ) -> Attributor:
-    """Fit a detector to a generator.
+    """Fit a detector to a generator, on all devices of all processes.
+
+    Of several processes each calls this with the same arguments; all get the same attributor.
 
     Args:
       layer: its last layer.
@@ -455,7 +460,8 @@ def fit(
       `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
     Raises:
       ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
-        at least, for the one-class detector), or inversions that miss their tolerance.
+        at least, for the one-class detector), inversions that miss their tolerance, or processes
+        that were given different images.
     """
     progress, kept = progress or _no_progress, kept or _NothingKept()
     shape = _image_shape(layer)
@@ -473,6 +479,7 @@ def fit(
         if config.detector != "one_class":
             raise ValueError(f"the {config.detector} detector takes no images of impostors")
         impostors = data.check_images(impostors, shape=shape)
+    parallel.check_same("what is fitted, and to what,", config, generated, real, impostors)
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -553,9 +560,10 @@ def fit(
         )
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
 
+    judge = functools.partial(score_with_info, attributor, progress=progress)
+
     def calibration_scores(first, last):
-        part = generated[calibrating[first:last]]
-        found = score_with_info(attributor, part, progress=progress)
+        found = parallel.in_parts(judge, generated[calibrating[first:last]])
         # What would get no verdict sets no threshold.
         return {"score": found.score[found.converged]}
 
@@ -580,7 +588,10 @@ def fit(
 def score_with_info(
     attributor: Attributor, images: np.ndarray, *, progress: Progress | None = None
 ) -> Scores:
-    """As `score`, with the certificate of every inversion."""
+    """As `score`, with the certificate of every inversion.
+
+    On all devices of this process, whatever others do: `parallel.in_parts` has several share work.
+    """
     progress = progress or _no_progress
     config, detector = attributor.config, attributor.detector
     images = data.check_images(images, shape=attributor.image_shape)

@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from flipad_jax import parallel
 from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.generators import layers
 
@@ -316,18 +317,25 @@ def train_step(
     )
 
 
-def _train_on_rows(state, own, real, index, config):
+def _train_on_batch(state, x, labels, config, mesh=None):
+    """`train_step` with the batch divided among the devices of `mesh`."""
+    x, labels = parallel.constrain((x, labels), mesh)
+    return parallel.constrain(train_step(state, x, labels, config), mesh, axis=None)
+
+
+def _train_on_rows(state, own, real, index, config, mesh):
     """`train_step` on rows `index` of own and real samples put one after the other, which would
     copy them."""
+    index = parallel.constrain(index, mesh)
     is_own = index < own.shape[0]
     own_rows = own[jnp.where(is_own, index, 0)]
     real_rows = real[jnp.where(is_own, 0, index - own.shape[0])]
     x = jnp.where(is_own[:, None, None, None], own_rows, real_rows)
-    return train_step(state, x, jnp.where(is_own, 1, -1), config)
+    return _train_on_batch(state, x, jnp.where(is_own, 1, -1), config, mesh)
 
 
-_train_step_jit = jax.jit(train_step, static_argnames="config")
-_train_on_rows_jit = jax.jit(_train_on_rows, static_argnames="config")
+_train_step_jit = jax.jit(_train_on_batch, static_argnames=("config", "mesh"))
+_train_on_rows_jit = jax.jit(_train_on_rows, static_argnames=("config", "mesh"))
 
 
 def train_epoch(
@@ -338,6 +346,9 @@ def train_epoch(
     config: DeepSADConfig,
 ) -> tuple[DeepSADState, jax.Array]:
     """One pass over the shuffled samples, an incomplete last batch left out.
+
+    Every batch is divided among all devices of all processes (`parallel.mesh`), with the loss and
+    the BatchNorm of the whole. Of several processes each calls this with the same arguments.
 
     The order depends on `rng` and `state.epoch` only, so that a run taken up from a checkpoint goes
     on as if it had never stopped. A step is one compiled call, and the calls are queued without
@@ -353,22 +364,34 @@ def train_epoch(
       config: settings.
 
     Returns:
-      The state with `epoch` and `losses` brought up to date, and the mean loss [] of the epoch.
+      The state with `epoch` and `losses` brought up to date, and the mean loss [] of the epoch;
+      with several devices, whole on each of them.
+
+    Raises:
+      ValueError: if a batch cannot be divided among the processes.
     """
     size, batch_size = own.shape[0] + real.shape[0], config.batch_size
-    order = np.asarray(jax.random.permutation(jax.random.fold_in(rng, state.epoch), size))
+    mesh = parallel.mesh(batch_size)
+    mine = parallel.local_range(batch_size)
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(rng, int(state.epoch)), size))
     on_host = not (isinstance(own, jax.Array) and isinstance(real, jax.Array))
+    state = parallel.replicate(state, mesh)
+    if not on_host:
+        own, real = parallel.replicate((own, real), mesh)
     values = []
     for start in range(0, size - batch_size + 1, batch_size):
-        index = order[start : start + batch_size].astype(np.int32)
+        # This process's part of the batch.
+        index = order[start + mine.start : start + mine.stop].astype(np.int32)
         if on_host:
             is_own = index < own.shape[0]
-            x = np.empty((batch_size, *own.shape[1:]), np.float32)
+            x = np.empty((len(index), *own.shape[1:]), np.float32)
             x[is_own] = own[index[is_own]]
             x[~is_own] = real[index[~is_own] - own.shape[0]]
-            state, value = _train_step_jit(state, x, np.where(is_own, 1, -1), config)
+            x, labels = parallel.shard((x, np.where(is_own, 1, -1)), mesh)
+            state, value = _train_step_jit(state, x, labels, config, mesh)
         else:
-            state, value = _train_on_rows_jit(state, own, real, index, config)
+            index = parallel.shard(index, mesh)
+            state, value = _train_on_rows_jit(state, own, real, index, config, mesh)
         values.append(value)
     mean = jnp.stack(values).mean()
     losses = state.losses.at[state.epoch].set(mean)
@@ -398,7 +421,7 @@ def embed(
     x: jax.Array | np.ndarray | FeatureRows,
     config: DeepSADConfig,
 ) -> np.ndarray:
-    """Representations phi(x) with BatchNorm in eval mode.
+    """Representations phi(x) with BatchNorm in eval mode, on the devices of this process.
 
     Args:
       model: weights and running statistics.
@@ -410,6 +433,8 @@ def embed(
     Returns:
       `[n, rep_dim]` float32; a row is NaN if its sample is not finite.
     """
+    mesh = parallel.local_mesh(config.batch_size)
+    variables = parallel.replicate((model.params, model.batch_stats), mesh)
     rows = [np.zeros((0, config.rep_dim), np.float32)]
     for start in range(0, x.shape[0], config.batch_size):
         batch = x[start : start + config.batch_size]
@@ -417,7 +442,8 @@ def embed(
         if count < config.batch_size:
             array = np if isinstance(batch, np.ndarray) else jnp
             batch = array.pad(batch, [(0, config.batch_size - count), (0, 0), (0, 0), (0, 0)])
-        rows.append(np.asarray(_embed_jit(model.params, model.batch_stats, batch, config))[:count])
+        batch = parallel.shard(batch, mesh)
+        rows.append(np.asarray(_embed_jit(*variables, batch, config))[:count])
     return np.concatenate(rows)
 
 
@@ -480,7 +506,7 @@ def fit(
     state: DeepSADState | None = None,
     progress: Callable[[DeepSADState], None] | None = None,
 ) -> tuple[DeepSAD, np.ndarray]:
-    """Train a detector on own against real samples ([P1] appendix A).
+    """Train a detector on own against real samples ([P1] appendix A), on all devices.
 
     Args:
       rng: key; the same key, data and config give the same detector.
@@ -511,6 +537,7 @@ def fit(
             )
         if progress is not None:
             progress(state)
+    state = parallel.local(state)
     return finish(state, config, own.shape[1:]), np.asarray(state.losses)
 
 

@@ -22,7 +22,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from flipad_jax import data
+from flipad_jax import data, parallel
 from flipad_jax.generators import layers
 
 __all__ = ["ImpostorClassifier", "ImpostorClassifierConfig", "fit", "logits"]
@@ -110,7 +110,7 @@ def fit(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> ImpostorClassifier:
-    """Train the network.
+    """Train the network, every batch divided among all devices of all processes.
 
     Args:
       rng: key of initialisation and batches.
@@ -121,7 +121,8 @@ def fit(
     Returns:
       The classifier.
     Raises:
-      ValueError: for images of another kind, or fewer than 16 of either.
+      ValueError: for images of another kind, fewer than 16 of either, or a batch that cannot be
+        divided among the processes.
     """
     own = data.check_images(own)
     impostors = data.check_images(impostors, shape=own.shape[1:])
@@ -130,6 +131,7 @@ def fit(
             f"{len(own)} own images and {len(impostors)} of impostors are too few to learn from; "
             "expected 16 of either at least, and some thousands to be good"
         )
+    mesh = parallel.mesh(2 * config.batch_size)
     shape = tuple(own.shape[1:])
     network = _network(shape, config)
     optimizer = optax.adamw(
@@ -139,10 +141,13 @@ def fit(
     init = layers.jit_for_one_run(functools.partial(network.init, train=False))
     variables = init(init_rng, jnp.zeros((1, *shape[:2], 5 * shape[2]), jnp.float32))
     opt_state = jax.jit(optimizer.init)(variables["params"])
+    variables, opt_state = parallel.replicate((variables, opt_state), mesh)
     labels = jnp.repeat(jnp.array([0.0, 1.0], jnp.float32), config.batch_size)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables, opt_state, images):
+        images = parallel.constrain(images, mesh)
+
         def loss(params):
             found, updated = network.apply(
                 {**variables, "params": params},
@@ -155,9 +160,10 @@ def fit(
         grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
         updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        return {"params": params, **updated}, opt_state
+        return parallel.constrain(({"params": params, **updated}, opt_state), mesh, axis=None)
 
     # A host loop of one compiled step: kernel gradients inside a compiled loop are slow on a CPU.
+    mine = parallel.local_range(2 * config.batch_size)
     seed = int(jax.random.randint(batch_rng, (), 0, np.iinfo(np.int32).max))
     for index in range(config.num_steps):
         draw = np.random.default_rng([seed, index])
@@ -165,10 +171,11 @@ def fit(
             data.to_float(images[draw.integers(len(images), size=config.batch_size)])
             for images in (own, impostors)
         ]
-        variables, opt_state = step(variables, opt_state, np.concatenate(picked))
+        batch = parallel.shard(np.concatenate(picked)[mine.start : mine.stop], mesh)
+        variables, opt_state = step(variables, opt_state, batch)
         if progress is not None:
             progress(index + 1)
-    return ImpostorClassifier(variables, shape, config)
+    return ImpostorClassifier(parallel.local(variables), shape, config)
 
 
 @jax.jit
@@ -190,10 +197,13 @@ def logits(model: ImpostorClassifier, images: np.ndarray, *, batch_size: int = 6
       ValueError: for other images.
     """
     images = data.check_images(images, shape=model.image_shape)
+    mesh = parallel.local_mesh(batch_size)
+    model = parallel.replicate(model, mesh)
     rows = [np.zeros(0)]
     for start in range(0, len(images), batch_size):
         batch = data.to_float(images[start : start + batch_size])
         count = len(batch)
         batch = np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge")
-        rows.append(np.asarray(_logits(model, batch), np.float64)[:count])
+        found = _logits(model, parallel.shard(batch, mesh))
+        rows.append(np.asarray(found, np.float64)[:count])
     return np.concatenate(rows)

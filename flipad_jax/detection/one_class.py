@@ -39,6 +39,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from flipad_jax import parallel
 from flipad_jax.detection import impostor_classifier
 from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.impostor_classifier import ImpostorClassifier
@@ -347,10 +348,13 @@ def statistics(
 
 
 def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.ndarray:
+    mesh = parallel.local_mesh(model.config.batch_size)
+    fitted = parallel.replicate(dataclasses.replace(model, classifier=None), mesh)
     rows = [np.zeros((0, 3), np.float32)]
     for batch, count in _batches(z, model.config.batch_size):
         quantiles = _quantiles(batch, model.config.quantiles)
-        values = np.asarray(_statistics_batch(model, batch, quantiles))[:count]
+        parts = parallel.shard((batch, quantiles), mesh)
+        values = np.asarray(_statistics_batch(fitted, *parts))[:count]
         finite = np.isfinite(batch[:count]).all(axis=(1, 2, 3)) & np.isfinite(values).all(axis=1)
         rows.append(np.where(finite[:, None], values, np.nan))
     return np.concatenate(rows)

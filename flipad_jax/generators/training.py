@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from flipad_jax import checkpoints, data
+from flipad_jax import checkpoints, data, parallel
 from flipad_jax.generators import layers
 
 __all__ = [
@@ -112,16 +113,21 @@ def init_seeds(gan: Gan, seeds: jax.Array) -> GanState:
     return jax.vmap(lambda seed: init(gan, jax.random.key(seed)))(seeds)
 
 
-def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Losses]:
+def train_step(
+    gan: Gan, state: GanState, real: jax.Array, mesh: Mesh | None = None
+) -> tuple[GanState, Losses]:
     """One generator update and the discriminator updates before it.
 
     Args:
       gan: the model.
       state: one seed's state.
       real: images `[discriminator_steps, n, h, w, c]` float32 in [-1, 1].
+      mesh: devices among which the batches are divided, real and generated ones; the sums over a
+        batch are still those of the whole.
     """
     rng = jax.random.fold_in(state.rng, state.step + 1)
     batch_size = real.shape[1]
+    real = parallel.constrain(real, mesh, axis=1)
 
     def discriminate(params, images, rng=None):
         # Batch statistics always; "batch_stats" would be running averages, which nobody reads.
@@ -134,6 +140,7 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
 
     def generate(params, batch_stats, rng):
         latents = jax.random.normal(rng, (batch_size, gan.latent_dim), jnp.float32)
+        latents = parallel.constrain(latents, mesh)
         variables = {"params": params, "batch_stats": batch_stats}
         images, updates = gan.generator.apply(
             variables, latents, train=True, mutable=["batch_stats"]
@@ -206,9 +213,11 @@ def _epoch_batch(rng: jax.Array, batch: jax.Array, num_images: int, batch_size: 
     return jax.lax.dynamic_slice_in_dim(order, (batch % per_epoch) * batch_size, batch_size)
 
 
-@functools.partial(jax.jit, static_argnames=("gan", "batch_size"), donate_argnames=("states",))
+@functools.partial(
+    jax.jit, static_argnames=("gan", "batch_size", "mesh"), donate_argnames=("states",)
+)
 def step_all(
-    states: GanState, images: jax.Array, *, gan: Gan, batch_size: int
+    states: GanState, images: jax.Array, *, gan: Gan, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[GanState, Losses]:
     """One step of every seed in one compiled program.
 
@@ -216,6 +225,8 @@ def step_all(
       states: with a leading axis of seeds, `[s, ...]`; donated.
       images: all training images `[n, h, w, c]` uint8, on the device, shared by the seeds.
       gan, batch_size: static.
+      mesh: static; devices among which every batch is divided. States and images are whole on each
+        of them (`parallel.replicate`).
     Returns:
       the states and losses, each with the axis of seeds.
     """
@@ -226,16 +237,19 @@ def step_all(
         indices = jax.vmap(lambda b: _epoch_batch(order_rng, b, images.shape[0], batch_size))(
             batches
         )
-        return train_step(gan, state, images[indices].astype(jnp.float32) / 127.5 - 1)
+        batch = parallel.constrain(images[indices], mesh, axis=1)
+        return train_step(gan, state, batch.astype(jnp.float32) / 127.5 - 1, mesh)
 
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" and (mesh is None or mesh.size == 1):
         return jax.vmap(one_seed)(states)
     # A kernel per seed makes grouped convolutions under vmap, for which XLA's CPU backend has no
-    # fast code (python benchmarks/transposed_convolution.py measures it): there the seeds stand one
-    # after the other in the program.
+    # fast code (python benchmarks/transposed_convolution.py measures it), and which its partitioner
+    # does not divide among devices but computes on each: there the seeds stand one after the other
+    # in the program.
     count = jax.tree.leaves(states)[0].shape[0]
     results = [one_seed(take_seed(states, index)) for index in range(count)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return parallel.constrain(stacked, mesh, axis=None)
 
 
 def train(
@@ -250,7 +264,10 @@ def train(
     report_every: int = 10,
     progress: Callable[[int, Losses], None] | None = None,
 ) -> GanState:
-    """Train `gan` once per seed, all seeds together.
+    """Train `gan` once per seed, all seeds together, on all devices of all processes.
+
+    Every batch is divided among the devices; the result is that of one device up to rounding. Of
+    several processes each calls this with the same arguments.
 
     Args:
       gan: from `dcgan.dcgan`, `wgan_gp.wgan_gp`, ...
@@ -265,9 +282,10 @@ def train(
       progress: called with the steps made so far and the mean losses, `[s]` each, since the last
         call.
     Returns:
-      the states with a leading axis of seeds; `take_seed` picks one.
+      the states with a leading axis of seeds, on one device; `take_seed` picks one.
     Raises:
-      ValueError: if the images do not fit the model, or are fewer than a batch.
+      ValueError: if the images do not fit the model, or are fewer than a batch, or a batch cannot
+        be divided among the processes.
       FloatingPointError: if a loss is not finite; checkpoints from before remain.
     """
     data.check_images(images, shape=gan.image_shape)
@@ -281,16 +299,17 @@ def train(
         raise ValueError(
             "seeds must not be empty; num_steps, report_every and checkpoint_every must be positive"
         )
-    states = init_seeds(gan, jnp.asarray(seeds, jnp.uint32))
+    mesh = parallel.mesh(batch_size)
+    states = parallel.replicate(init_seeds(gan, jnp.asarray(seeds, jnp.uint32)), mesh)
     step = 0
     if checkpoint_dir is not None:
         restored = checkpoints.restore_latest(checkpoint_dir, states)
         if restored is not None:
             step, states = restored
-    device_images = jnp.asarray(images)
+    device_images = parallel.replicate(jnp.asarray(images), mesh)
     losses = []
     while step < num_steps:
-        states, loss = step_all(states, device_images, gan=gan, batch_size=batch_size)
+        states, loss = step_all(states, device_images, gan=gan, batch_size=batch_size, mesh=mesh)
         losses.append(loss)
         step += 1
         saves = step % checkpoint_every == 0 or step == num_steps
@@ -304,7 +323,7 @@ def train(
                 progress(step, mean)
         if saves and checkpoint_dir is not None:
             checkpoints.save(checkpoint_dir, step, states)
-    return states
+    return parallel.local(states)
 
 
 def take_seed(states: GanState, index: int) -> GanState:

@@ -9,6 +9,9 @@ Images differ in the iterations they need, two- to fivefold in one batch, and a 
 until its slowest image is done. Here a chunk is a set of slots: all of them advance a few
 iterations at a time, an image that is certified leaves its slot and the next one enters. What an
 image gets does not depend on its neighbours.
+
+With several devices each has its own slots; images enter and leave on all of them in one compiled
+call, and no device waits for data of another. Processes know nothing of each other here.
 """
 
 import functools
@@ -20,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
+from flipad_jax import parallel
 from flipad_jax.inversion import linops, polyphase
 from flipad_jax.inversion.fista import fista
 from flipad_jax.inversion.linops import Conv, ConvTranspose, LinearOperator
@@ -86,8 +91,9 @@ def solve(
       max_iters: iterations after which an image is given up (and reported unconverged).
       lipschitz: at least ||A||^2, for FISTA, whose step is one over it; `linops.squared_norm(op)`
         by default.
-      chunk_size: images in work at once. By default as many as fit the cache of a CPU or keep an
-        accelerator busy. Memory grows with the output and one chunk, not more.
+      chunk_size: images in work at once, divided among the devices of this process (rounded up).
+        By default as many as fit the cache of a CPU or keep an accelerator busy, for each device.
+        Memory grows with the output and one chunk, not more.
       z_init: `[n, *op.input_shape]` to start from, for instance the solution at a neighbouring lam.
       progress: called with the number of images done, after each chunk.
 
@@ -106,12 +112,17 @@ def solve(
         z_init = _check_batch("z_init", z_init, op.input_shape)
         if z_init.shape[0] != num_images:
             raise ValueError(f"z_init holds {z_init.shape[0]} samples, targets {num_images}")
-    if chunk_size is None:
-        chunk_size = _default_chunk_size(op)
-    elif chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    mesh = parallel.local_mesh()
+    if num_images < mesh.size:
+        mesh = parallel.local_mesh(1)
+    if chunk_size is None:
+        num_slots = _default_chunk_size(op)
+    else:
+        num_slots = -(-chunk_size // mesh.size)
     # Few images: the next power of two, so that n = 1, 2, ... do not compile once each.
-    chunk_size = min(chunk_size, 1 << max(num_images - 1, 0).bit_length())
+    num_slots = min(num_slots, 1 << max(-(-num_images // mesh.size) - 1, 0).bit_length())
     if lipschitz is not None and method != "fista":
         raise ValueError(f"lipschitz={lipschitz!r} is FISTA's; method={method!r} takes none")
     packed, constants = _constants(cast(Hashable, op), method)
@@ -133,7 +144,8 @@ def solve(
         targets,
         z_init,
         method=method,
-        num_slots=chunk_size,
+        num_slots=num_slots,
+        mesh=mesh,
         progress=progress or (lambda _: None),
     )
     _warn_unconverged(info, tol)
@@ -162,9 +174,14 @@ def _solve_in_slots(
     *,
     method: str,
     num_slots: int,
+    mesh: Mesh,
     progress: Callable[[int], None],
 ) -> tuple[jax.Array, LassoInfo]:
-    """Solve all images, `num_slots` at a time; packed inside, plain outside."""
+    """Solve all images, `num_slots` at a time on each device; packed inside, plain outside.
+
+    Slot s is on device s // num_slots. What is done with a few slots of every device is done in
+    arrays with as many rows for each device: `_rows` says which row a slot has there.
+    """
     num_images = targets.shape[0]
     # On the host: a slice of a device array is compiled for each place that it starts at.
     targets = np.asarray(targets)
@@ -174,13 +191,17 @@ def _solve_in_slots(
     first_threshold = tol * solver.first_threshold
     # `finish` costs some ten iterations, so it runs on the few images that are due, not on all.
     num_leaving = max(num_slots // _LEAVING, 1)
-
-    def enter(images: np.ndarray, size: int):
-        rows = _padded(targets, images, size, op.dtype)
-        starts = None if z_init is None else _padded(z_init, images, size, op.dtype)
-        return _enter(op, rows, starts, numbers, method=method)
-
     plain = op.op.input_shape if isinstance(op, Polyphase) else op.input_shape
+    static = {"method": method, "mesh": mesh}
+    op, numbers = parallel.replicate((op, numbers), mesh)
+
+    def enter(images: np.ndarray, where: np.ndarray, size: int):
+        rows = _placed(targets, images, where, size * mesh.size, op.dtype)
+        starts = None
+        if z_init is not None:
+            starts = _placed(z_init, images, where, size * mesh.size, op.dtype)
+        return _enter(op, *parallel.shard((rows, starts), mesh), numbers, **static)
+
     out = jnp.zeros((num_images, *plain), op.dtype)
     info = (
         np.full(num_images, np.nan, op.dtype),
@@ -188,14 +209,16 @@ def _solve_in_slots(
         np.zeros(num_images, np.int32),
         np.zeros(num_images, bool),
     )
-    image = np.full(num_slots, -1)  # what is in a slot; -1: nothing
-    first = np.arange(min(num_slots, num_images))
-    image[first] = first
+    all_slots, all_leaving = num_slots * mesh.size, num_leaving * mesh.size
+    image = np.full(all_slots, -1)  # what is in a slot; -1: nothing
+    first = np.arange(min(all_slots, num_images))
+    slots = first % mesh.size * num_slots + first // mesh.size  # as many on each device
+    image[slots] = first
     waiting, num_done = first.size, 0
-    state, o, bound = enter(first, num_slots)
+    state, o, bound = enter(first, slots, num_slots)
     relative = np.array(bound)
-    threshold = np.full(num_slots, first_threshold)
-    iters = np.zeros(num_slots, np.int64)
+    threshold = np.full(all_slots, first_threshold)
+    iters = np.zeros(all_slots, np.int64)
     while num_done < num_images:
         taken = image >= 0
         broken = taken & ~np.isfinite(relative)
@@ -204,14 +227,16 @@ def _solve_in_slots(
         if due.any() or last.any():
             # At once, so that what an image gets does not depend on when its neighbours are due.
             given_up = broken | last
-            slots = np.flatnonzero(due if due.any() else last)[:num_leaving]
+            slots = np.flatnonzero(due if due.any() else last)
+            slots = slots[_ranks(slots // num_slots) < num_leaving]
+            rows = _rows(slots // num_slots, num_leaving)
             num_steps = 0 if due.any() else max_iters % _GAP_EVERY
-            where = _filled(slots, num_leaving, 0)
-            z, found = _finish(op, state, o, where, np.int32(num_steps), numbers, method=method)
-            found = tuple(np.asarray(values)[: slots.size] for values in found)
+            where = _filled(slots % num_slots, rows, all_leaving, 0)
+            z, found = _finish(op, state, o, where, np.int32(num_steps), numbers, **static)
+            found = tuple(np.asarray(values)[rows] for values in found)
             leaves = found[-1] | given_up[slots]
             images = np.where(leaves, image[slots], num_images)  # Beyond the end: not written.
-            out = _write(out, z, _filled(images, num_leaving, num_images))
+            out = _write(out, parallel.local(z), _filled(images, rows, all_leaving, num_images))
             for all_values, values in zip(info, found, strict=True):
                 all_values[images[leaves]] = values[leaves]
             threshold[slots] *= solver.next_threshold
@@ -224,51 +249,69 @@ def _solve_in_slots(
             waiting += entering.size
             if entering.size:
                 freed = freed[: entering.size]
-                new_state, new_o, bound = enter(entering, num_leaving)
-                where = _filled(freed, num_leaving, num_slots)
-                state, o = _replace((state, o), (new_state, new_o), where)
+                rows = _rows(freed // num_slots, num_leaving)
+                new_state, new_o, bound = enter(entering, rows, num_leaving)
+                where = _filled(freed % num_slots, rows, all_leaving, num_slots)
+                state, o = _replace((state, o), (new_state, new_o), where, mesh=mesh)
                 image[freed], iters[freed], threshold[freed] = entering, 0, first_threshold
-                relative[freed] = np.asarray(bound)[: entering.size]
+                relative[freed] = np.asarray(bound)[rows]
             continue
-        state, bound = _advance(op, state, o, np.int32(_GAP_EVERY), numbers, method=method)
+        state, bound = _advance(op, state, o, np.int32(_GAP_EVERY), numbers, **static)
         iters[taken] += _GAP_EVERY
         # Waits for the device: nothing is queued up.
         relative = np.array(bound)
     return out, LassoInfo(*(jnp.asarray(values) for values in info))
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _enter(op, targets, z_init, numbers, *, method):
-    solver = METHODS[method](op, **numbers)
-    if isinstance(op, Polyphase):
-        targets = polyphase.pack_output(op, targets)
-        z_init = None if z_init is None else polyphase.pack_input(op, z_init)
-    state = jax.vmap(solver.init)(targets, z_init)
-    return state, targets, jax.vmap(solver.first_gap)(state, targets)
+@functools.partial(jax.jit, static_argnames=("method", "mesh"))
+def _enter(op, targets, z_init, numbers, *, method, mesh=None):
+    def enter(whole, rows):
+        (op, numbers), (targets, z_init) = whole, rows
+        solver = METHODS[method](op, **numbers)
+        if isinstance(op, Polyphase):
+            targets = polyphase.pack_output(op, targets)
+            z_init = None if z_init is None else polyphase.pack_input(op, z_init)
+        state = jax.vmap(solver.init)(targets, z_init)
+        return state, targets, jax.vmap(solver.first_gap)(state, targets)
+
+    return parallel.each_device(enter, mesh)((op, numbers), (targets, z_init))
 
 
-@functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
-def _advance(op, state, o, num_steps, numbers, *, method):
-    solver = METHODS[method](op, **numbers)
-    return jax.vmap(solver.advance, in_axes=(0, 0, None))(state, o, num_steps)
+@functools.partial(jax.jit, static_argnames=("method", "mesh"), donate_argnames="state")
+def _advance(op, state, o, num_steps, numbers, *, method, mesh=None):
+    def advance(whole, rows):
+        op, num_steps, numbers = whole
+        solver = METHODS[method](op, **numbers)
+        return jax.vmap(solver.advance, in_axes=(0, 0, None))(*rows, num_steps)
+
+    return parallel.each_device(advance, mesh)((op, num_steps, numbers), (state, o))
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _finish(op, state, o, slots, num_steps, numbers, *, method):
-    solver = METHODS[method](op, **numbers)
-    state, o = jax.tree.map(lambda x: x[slots], (state, o))
-    z, info = jax.vmap(functools.partial(finish_after, solver), in_axes=(0, 0, None))(
-        state, o, num_steps
-    )
-    if isinstance(op, Polyphase):
-        z = polyphase.unpack_input(op, z)
-    return z, LassoInfo(*info)
+@functools.partial(jax.jit, static_argnames=("method", "mesh"))
+def _finish(op, state, o, slots, num_steps, numbers, *, method, mesh=None):
+    def finish(whole, rows):
+        (op, num_steps, numbers), (state, o, slots) = whole, rows
+        solver = METHODS[method](op, **numbers)
+        state, o = jax.tree.map(lambda x: x[slots], (state, o))
+        z, info = jax.vmap(functools.partial(finish_after, solver), in_axes=(0, 0, None))(
+            state, o, num_steps
+        )
+        if isinstance(op, Polyphase):
+            z = polyphase.unpack_input(op, z)
+        return z, LassoInfo(*info)
+
+    return parallel.each_device(finish, mesh)((op, num_steps, numbers), (state, o, slots))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _replace(slots, new, where):
-    """Put `new` into the slots `where`; an index beyond the last slot is dropped."""
-    return jax.tree.map(lambda all_, some: all_.at[where].set(some, mode="drop"), slots, new)
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def _replace(slots, new, where, *, mesh):
+    """Put `new` into the slots `where`; an index beyond a device's last slot is dropped."""
+
+    def replace(_, rows):
+        slots, new, where = rows
+        return jax.tree.map(lambda all_, some: all_.at[where].set(some, mode="drop"), slots, new)
+
+    return parallel.each_device(replace, mesh)((), (slots, new, where))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -277,16 +320,30 @@ def _write(out, z, images):
     return out.at[images].set(z, mode="drop")
 
 
-def _filled(indices: np.ndarray, size: int, value: int) -> np.ndarray:
-    """Indices as int32, filled up to `size`."""
-    return np.concatenate([indices, np.full(size - len(indices), value)]).astype(np.int32)
+def _ranks(devices: np.ndarray) -> np.ndarray:
+    """Of ascending devices: how many entries before each have the same one."""
+    return np.arange(devices.size) - np.searchsorted(devices, devices)
 
 
-def _padded(batch: np.ndarray, images: np.ndarray, size: int, dtype: jnp.dtype) -> np.ndarray:
-    """The rows of some images, and zeros up to `size`."""
-    rows = np.zeros((size, *batch.shape[1:]), dtype)
-    rows[: images.size] = batch[images]
-    return rows
+def _rows(devices: np.ndarray, per_device: int) -> np.ndarray:
+    """Rows for entries on ascending devices, in arrays with `per_device` rows for each."""
+    return devices * per_device + _ranks(devices)
+
+
+def _filled(values: np.ndarray, rows: np.ndarray, size: int, value: int) -> np.ndarray:
+    """`[size]` int32: values in their rows, and one value everywhere else."""
+    filled = np.full(size, value, np.int32)
+    filled[rows] = values
+    return filled
+
+
+def _placed(
+    batch: np.ndarray, images: np.ndarray, rows: np.ndarray, size: int, dtype: jnp.dtype
+) -> np.ndarray:
+    """`[size, ...]`: some images in their rows, and zeros everywhere else."""
+    placed = np.zeros((size, *batch.shape[1:]), dtype)
+    placed[rows] = batch[images]
+    return placed
 
 
 def _default_chunk_size(op: LinearOperator) -> int:

@@ -12,7 +12,8 @@ A user's model starts at the root's weights theta_0 and is fine-tuned:
 User models are an array axis: weights, optimiser states and keys of all users are stacked, and one
 program trains all of them. On a CPU the users of a step stand one after the other in a loop on the
 host: a kernel per user makes grouped convolutions under `vmap`, for which XLA has no fast code
-there (`training.step_all` does the same).
+there (`training.step_all` does the same). With several devices each has its own users, with several
+processes each has its own part of them; no user needs anything of another.
 
 Deviations from the paper. Batch normalisation uses the root's running statistics, in training as
 in deployment: user and root are then the same function at the start and an image depends on its own
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flipad_jax import data
+from flipad_jax import data, parallel
 from flipad_jax.generators import sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.registry import attributability
@@ -183,38 +184,56 @@ def _resist(root, state, key, rng, config, perturb):
     return _apply(gradient, state, config), value
 
 
-_match_one = jax.jit(_match, static_argnames="config")
-_resist_one = jax.jit(_resist, static_argnames=("config", "perturb"))
-_match_all = jax.jit(jax.vmap(_match, in_axes=(None, 0, 0, None, None)), static_argnums=4)
-_resist_all = jax.jit(
-    jax.vmap(_resist, in_axes=(None, 0, 0, None, None, None)), static_argnums=(4, 5)
-)
+@functools.partial(jax.jit, static_argnames=("update", "config", "extra", "mesh"))
+def _step(root, rng, state, vectors, *, update, config, extra=(), mesh=None):
+    """One update of every user, of whom each device has as many as the others."""
+
+    def of_device(whole, rows):
+        root, rng = whole
+
+        def one(state, vector):
+            return update(root, state, vector, rng, config, *extra)
+
+        if len(rows[0].user) > 1:
+            return jax.vmap(one)(*rows)
+        only = jax.tree.map(lambda leaf: leaf[0], rows)
+        return jax.tree.map(lambda leaf: leaf[None], one(*only))
+
+    return parallel.each_device(of_device, mesh)((root, rng), (state, vectors))
 
 
-def _run(one, everybody, root, state, vectors, rng, config, extra, progress):
+def _run(update, root, state, vectors, rng, config, extra, progress):
     """`config.num_steps` updates of every user; the state and the last losses `[N]`."""
-    losses = np.zeros(len(state.user), np.float32)
     num_steps = config.num_steps
     config = dataclasses.replace(config, num_steps=1, max_rounds=1)  # one program for any number
+    users = parallel.local_range(len(state.user))
+    mesh = parallel.local_mesh()
+    # As many as there are devices; all where a program is good at many users.
+    together = mesh.size
     if jax.default_backend() != "cpu":
+        together *= max(-(-len(users) // mesh.size), 1)
+    root, rng = parallel.replicate((root, rng), mesh)
+    parts = [jax.tree.map(lambda leaf: leaf[:0], (state, vectors[:, 0, 0, 0]))]
+    firsts = range(0, len(users), together)
+    for group, first in enumerate(firsts):
+        # The last group is filled up with its last user.
+        index = users.start + np.minimum(np.arange(first, first + together), len(users) - 1)
+        own, wanted = jax.tree.map(lambda leaf: leaf[index], (state, vectors))
+        own, wanted = parallel.shard((own, wanted), mesh)
         for step in range(num_steps):
-            state, values = everybody(root, state, vectors, rng, config, *extra)
+            own, losses = _step(
+                root, rng, own, wanted, update=update, config=config, extra=extra, mesh=mesh
+            )
             if progress is not None and (step + 1) % 10 == 0:
-                jax.block_until_ready(values)
-                progress(step + 1, num_steps)
-        return state, np.asarray(values)
-    users = []
-    for index in range(len(state.user)):
-        own = jax.tree.map(lambda leaf: leaf[index], state)
-        for step in range(num_steps):
-            own, value = one(root, own, vectors[index], rng, config, *extra)
-            if progress is not None and (step + 1) % 10 == 0:
-                jax.block_until_ready(value)
-                done = index * num_steps + step + 1
-                progress(done, len(state.user) * num_steps)
-        losses[index] = value
-        users.append(own)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *users), losses
+                jax.block_until_ready(losses)
+                progress(group * num_steps + step + 1, len(firsts) * num_steps)
+        count = min(together, len(users) - first)
+        parts.append(jax.tree.map(lambda leaf: leaf[:count], parallel.local((own, losses))))
+    state, losses = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    if jax.process_count() > 1:
+        gathered = jax.tree.map(parallel.gather, (state, losses))
+        state, losses = jax.tree.map(jnp.asarray, gathered)
+    return state, np.asarray(losses)
 
 
 def _check(root: TrainedGenerator, state: KeyedState, keys: np.ndarray) -> jax.Array:
@@ -238,7 +257,7 @@ def train(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[KeyedState, np.ndarray]:
-    """Eq. 10 for all users.
+    """Eq. 10 for all users; of several processes each calls this with the same arguments.
 
     Args:
       root: G_0.
@@ -258,7 +277,7 @@ def train(
     if gammas.shape != (len(phi),) or not (np.isfinite(gammas).all() and (gammas > 0).all()):
         raise ValueError(f"gammas {gammas}: expected {len(phi)} finite numbers above 0")
     shifts = jnp.asarray(gammas)[:, None, None, None] * phi
-    return _run(_match_one, _match_all, root, state, shifts, rng, config, (), progress)
+    return _run(_match, root, state, shifts, rng, config, (), progress)
 
 
 def train_robust(
@@ -283,7 +302,7 @@ def train_robust(
       ValueError: as for `train`.
     """
     phi = _check(root, state, keys)
-    return _run(_resist_one, _resist_all, root, state, phi, rng, config, (perturb,), progress)
+    return _run(_resist, root, state, phi, rng, config, (perturb,), progress)
 
 
 class Searched(NamedTuple):
