@@ -205,6 +205,10 @@ class Run:
         tqdm.tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
+    def should_stop(self) -> bool:
+        """Whether the run was told to stop."""
+        return False
+
     def warn(self, text: str) -> None:
         """Print a warning on stderr and keep it for results.json."""
         self.warnings.append(text)

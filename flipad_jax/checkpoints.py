@@ -1,8 +1,9 @@
-"""Orbax behind three functions: `save`, `restore_latest`, `steps`.
+"""Orbax behind three functions, `save`, `restore_latest`, `steps`; and how a long loop stops.
 
 A checkpoint is a directory `DIR/STEP` that Orbax renames into place when it is complete, so one
 that a killed process left half written is never read. Only arrays are stored; nothing is ever
-unpickled. Random keys are stored as their data and wrapped again on reading.
+unpickled. Random keys are stored as their data and wrapped again on reading. Of several processes
+all must call `save` and `restore_latest`, with arrays that span them, at the same step.
 """
 
 import os
@@ -11,9 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["restore_latest", "save", "steps"]
+__all__ = ["Preempted", "restore_latest", "save", "steps"]
 
 _KEEP = 2  # the newest, and the one before it should a disk fill up while the newest is written
+
+
+class Preempted(Exception):
+    """A long loop was told to stop, and has saved what the same call goes on from."""
 
 
 def _manager(directory: str | os.PathLike):
