@@ -46,6 +46,12 @@ def _with_keys(plain: Any, template: Any) -> Any:
     return jax.tree.map(wrap, plain, template)
 
 
+def _check_shape(path: Any, leaf: Any, like: Any) -> None:
+    if leaf.shape != like.shape:
+        name = jax.tree_util.keystr(path)
+        raise ValueError(f"{name} is {list(leaf.shape)} there and {list(like.shape)} here")
+
+
 def save(directory: str | os.PathLike, step: int, state: Any) -> None:
     """Write `state`, a tree of arrays, as checkpoint `step`, completely; keeps the newest two."""
     import orbax.checkpoint as ocp
@@ -76,6 +82,7 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> tuple[int, An
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(template))
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            jax.tree.map_with_path(_check_shape, state, abstract)  # Orbax lets NumPy's pass
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"checkpoint {step} in {directory} is not of this model: {error}"

@@ -452,10 +452,13 @@ class _Batches:
 
     def with_position(self, states: GanState) -> Any:
         # A row per process, as bad records may have carried one of them further than another.
-        return {"states": states, "position": _of_all(np.asarray(self._stream.position))}
+        return {
+            "states": states,
+            "position_per_process": _of_all(np.asarray(self._stream.position)),
+        }
 
     def at_position(self, saved: Any) -> GanState:
-        self._stream.position = int(saved["position"][jax.process_index()])
+        self._stream.position = int(saved["position_per_process"][jax.process_index()])
         return saved["states"]
 
     def batches(self, rng: jax.Array, step: int, since_look: int) -> np.ndarray:
