@@ -87,13 +87,13 @@ TWO_PROCESSES = """
     def state(value):
         array = np.full((3, 5), value, np.float32)
         weights = jax.make_array_from_process_local_data(everywhere, array)
-        return {"weights": weights, "position": training._of_all(np.asarray(value + 10 * index))}
+        return {"weights": weights, "position": training._of_all(np.asarray(value + index * 2**40))}
 
     for step in (1, 2, 3):
         checkpoints.save(folder, step, state(step))
     step, found = checkpoints.restore_latest(folder, state(0))
     assert step == 3 and (np.asarray(found["weights"]) == 3).all()
-    assert found["position"].tolist() == [3, 13], found["position"]
+    assert found["position"].tolist() == [3, 3 + 2**40], found["position"]
     assert training._anywhere(index == 1) and not training._anywhere(False)
     print("done", checkpoints.steps(folder))
 """

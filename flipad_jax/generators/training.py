@@ -7,6 +7,7 @@ not. Images are an array that lies on the device, or a `pipeline.Stream` of batc
 is then part of every checkpoint.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import time
@@ -104,7 +105,7 @@ class Report(NamedTuple):
 
     Attributes:
       generator, discriminator: mean losses, `[s]`.
-      waiting: `[]`, at most this share of the time the device had nothing to do because the next
+      waiting: `[]`, the share of the time in which the device had nothing to do because the next
         batch of a stream was not there; 0 for an array.
     """
 
@@ -349,7 +350,7 @@ def train(
     losses: list[Losses] = []
     since = time.perf_counter()
     while step < num_steps:
-        states, loss = source.step(states, losses)
+        states, loss = source.step(states, more=step + 1 < num_steps)
         losses.append(loss)
         step += 1
         saves = step % checkpoint_every == 0 or step == num_steps
@@ -365,9 +366,9 @@ def train(
         report = Report(
             generator=np.mean(values.generator, axis=0),
             discriminator=np.mean(values.discriminator, axis=0),
-            waiting=np.asarray(source.waited / seconds),
+            waiting=np.asarray(source.looked() / seconds),
         )
-        losses, source.waited, since = [], 0.0, time.perf_counter()
+        losses, since = [], time.perf_counter()
         if progress is not None:
             progress(step, report)
         stops = should_stop is not None and step < num_steps and _anywhere(should_stop())
@@ -381,8 +382,6 @@ def train(
 
 class _Array:
     """Training images that lie on the device; where a seed is in them, its state tells."""
-
-    waited = 0.0
 
     def __init__(self, gan: Gan, images: np.ndarray, batch_size: int) -> None:
         data.check_images(images, shape=gan.image_shape)
@@ -398,9 +397,12 @@ class _Array:
         self._gan, self._images, self._batch_size = gan, images, batch_size
         self._on_device = jnp.asarray(images)
 
-    def step(self, states: GanState, losses: list[Losses]) -> tuple[GanState, Losses]:
-        del losses
+    def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
+        del more
         return step_all(states, self._on_device, gan=self._gan, batch_size=self._batch_size)
+
+    def looked(self) -> float:
+        return 0.0
 
     def with_position(self, states: GanState) -> Any:
         return states
@@ -418,8 +420,7 @@ class _Array:
 class _Batches:
     """Training images that come from a stream.
 
-    A step is started before the last one has ended, so that the next batches are fetched and on
-    their way while the device computes.
+    The batches of the next step are fetched, and sent to the device, while it makes this one.
     """
 
     def __init__(self, gan: Gan, stream: pipeline.Stream, batch_size: int | None) -> None:
@@ -433,39 +434,56 @@ class _Batches:
                 f"the batch size is {batch_size}, but that of the stream is {stream.batch_size}"
             )
         self._gan, self._stream = gan, stream
+        self._next: jax.Array | None = None
+        self._position = stream.position  # before the next batches
         self._positions: list[int] = []  # before each step since the last look
-        self.waited = 0.0
+        self._waited = 0.0
+        # Learns when a step has ended, without keeping the loop from starting others.
+        self._watch = concurrent.futures.ThreadPoolExecutor(1, "flipad-step-ended")
 
-    def _next(self) -> np.ndarray:
+    def _fetch(self) -> np.ndarray:
         return np.stack([next(self._stream) for _ in range(self._gan.discriminator_steps)])
 
-    def step(self, states: GanState, losses: list[Losses]) -> tuple[GanState, Losses]:
-        if not losses:
-            self._positions = []
-        self._positions.append(self._stream.position)
-        start = time.perf_counter()
-        batches = self._next()
-        # While the last step still runs, nobody has waited for the batches.
-        if not losses or getattr(losses[-1].generator, "is_ready")():
-            self.waited += time.perf_counter() - start
-        return step_batches(states, jnp.asarray(batches), gan=self._gan)
+    def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
+        if self._next is None:
+            start = time.perf_counter()
+            self._next = jnp.asarray(self._fetch())
+            self._waited += time.perf_counter() - start
+        self._positions.append(self._position)
+        states, losses = step_batches(states, self._next, gan=self._gan)
+        ended = self._watch.submit(_when_ready, losses.generator)
+        self._position, self._next = self._stream.position, None
+        if more:
+            start = time.perf_counter()
+            self._next = jnp.asarray(self._fetch())
+            if ended.done():  # else the device has not waited
+                self._waited += time.perf_counter() - max(start, ended.result())
+        return states, losses
+
+    def looked(self) -> float:
+        """Seconds since the last look in which the device had nothing to do for want of data."""
+        waited, self._waited, self._positions = self._waited, 0.0, []
+        return waited
 
     def with_position(self, states: GanState) -> Any:
         # A row per process, as bad records may have carried one of them further than another.
-        return {
-            "states": states,
-            "position_per_process": _of_all(np.asarray(self._stream.position)),
-        }
+        return {"states": states, "position_per_process": _of_all(np.asarray(self._position))}
 
     def at_position(self, saved: Any) -> GanState:
-        self._stream.position = int(saved["position_per_process"][jax.process_index()])
+        self._position = int(saved["position_per_process"][jax.process_index()])
+        self._stream.position = self._position
         return saved["states"]
 
     def batches(self, rng: jax.Array, step: int, since_look: int) -> np.ndarray:
         """What this process showed in a step, `[discriminator_steps, n, h, w, c]`."""
         del rng, step
         self._stream.position = self._positions[since_look]
-        return self._next()
+        return self._fetch()
+
+
+def _when_ready(array: jax.Array) -> float:
+    jax.block_until_ready(array)
+    return time.perf_counter()
 
 
 def _of_all(value: np.ndarray) -> np.ndarray:
@@ -474,7 +492,9 @@ def _of_all(value: np.ndarray) -> np.ndarray:
         return value[None]
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(value)
+    # As bytes: JAX would make 32 bits of 64.
+    gathered = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
+    return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
 
 
 def _anywhere(flag: bool) -> bool:
