@@ -734,7 +734,10 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
       package: where the experiments are.
 
     Returns:
-      The exit code, see `EXIT_CODES`. An error of ours (1) is raised, with its trace.
+      The exit code, see `EXIT_CODES`.
+
+    Raises:
+      Exception: an error of ours, with its trace, which ends the program with 1.
     """
     debug = "--debug" in argv or "--debug=true" in argv
     with _stopping.listening():

@@ -2,11 +2,14 @@
 
 Makes the generators of `flipad_jax/generators/zoo` (their commands are in its zoo.json) and those
 of one's own experiments. Recipes: FLIPAD paper, appendix E.1. A killed run goes on at its last
-checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`.
+checkpoint. WORKDIR/SEED.safetensors is read by `zoo.load_file`. With --stream the images of a TFDS
+set or of a folder are read while it trains, and metrics.jsonl says which share of the time the
+device waited for them.
 
     python run.py --experiment=train_generator --family=dcgan --dataset=digits --seeds=0,1,2
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -17,8 +20,10 @@ import numpy as np
 
 from experiments import _plan
 from experiments._config import Run, setting
-from flipad_jax import conventions, data, report
+from flipad_jax import conventions, data, pipeline, report
 from flipad_jax.generators import sampling, training, zoo
+
+_NUM_SHOWN = 24  # images per row of figures/samples.png
 
 
 def _small(family, features, discriminator_features):
@@ -63,6 +68,9 @@ class Config:
         (), "Discriminator widths, from the image inwards; () for --widths."
     )
     num_images: int = setting(0, "Training images; 0 for all there are.", lower_bound=0)
+    stream: bool = setting(
+        False, "Read a TFDS set or a folder batch by batch, for sets that do not fit in memory."
+    )
     num_steps: int = setting(2500, "Generator updates.", lower_bound=1)
     batch_size: int = setting(64, "Images per update.", lower_bound=2)
     checkpoint_every: int = setting(250, "Generator updates between checkpoints.", lower_bound=1)
@@ -88,26 +96,33 @@ PRESETS = {
 
 def train(
     gan: training.Gan,
-    images: np.ndarray,
+    images: np.ndarray | pipeline.Stream,
     record: Run,
     what: str,
     *,
     num_steps: int,
-    log: Callable[[int, training.Losses], None] | None = None,
+    log: Callable[[int, training.Report], None] | None = None,
     **options: Any,
 ) -> training.GanState:
-    """`training.train` under a progress bar; `options` are its own, `log` hears the losses."""
+    """`training.train` under a progress bar; `options` are its own, `log` hears its reports."""
     with record.progress(num_steps, f"training {what}") as bar:
         done = 0
 
-        def progress(step, losses):
+        def progress(step, report):
             nonlocal done
-            bar.update(step - done, **{k: float(np.mean(v)) for k, v in losses._asdict().items()})
+            bar.update(step - done, **{k: float(np.mean(v)) for k, v in report._asdict().items()})
             done = step
             if log is not None:
-                log(step, losses)
+                log(step, report)
 
-        return training.train(gan, images, num_steps=num_steps, progress=progress, **options)
+        return training.train(
+            gan,
+            images,
+            num_steps=num_steps,
+            progress=progress,
+            should_stop=record.should_stop,
+            **options,
+        )
 
 
 def gan(
@@ -177,35 +192,43 @@ def _configured(config: Config, image_shape: tuple[int, ...]) -> training.Gan:
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Train, save weights and samples; returns the files and the last losses per seed."""
-    images = data.load(
-        config.dataset,
-        split="train",
-        image_size=config.image_size,
-        num_images=config.num_images or None,
-        seed=config.data_seed,
-        data_dir=config.data_dir or None,
-    )
-    model = _configured(config, images.shape[1:])
+    read: dict[str, Any] = {
+        "split": "train",
+        "image_size": config.image_size,
+        "num_images": config.num_images or None,
+        "seed": config.data_seed,
+        "data_dir": config.data_dir or None,
+    }
     last: dict[str, list[float]] = {}
 
-    def log(step, losses):
-        last.update({name: value.tolist() for name, value in losses._asdict().items()})
-        record.log_metrics(step=step, **last)
+    def log(step, report):
+        last.update({"generator": report.generator.tolist()})
+        last.update({"discriminator": report.discriminator.tolist()})
+        record.log_metrics(step=step, **last, waiting=report.waiting)
 
-    states = train(
-        model,
-        images,
-        record,
-        f"{config.family}, seed {', '.join(map(str, config.seeds))}",
-        log=log,
-        seeds=config.seeds,
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        checkpoint_dir=str(record.checkpoints),
-        checkpoint_every=config.checkpoint_every,
-    )
+    with contextlib.ExitStack() as stack:
+        images: np.ndarray | pipeline.Stream
+        if config.stream:
+            images = pipeline.stream(config.dataset, batch_size=config.batch_size, **read)
+            stack.callback(images.close)
+            shown = data.load(config.dataset, **{**read, "num_images": _NUM_SHOWN}, exact=False)
+        else:
+            images = shown = data.load(config.dataset, **read)
+        model = _configured(config, shown.shape[1:])
+        states = train(
+            model,
+            images,
+            record,
+            f"{config.family}, seed {', '.join(map(str, config.seeds))}",
+            log=log,
+            seeds=config.seeds,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            checkpoint_dir=str(record.checkpoints),
+            checkpoint_every=config.checkpoint_every,
+        )
     files: dict[str, Any] = {}
-    samples = {"training images": images}
+    samples = {"training images": shown}
     for index, seed in enumerate(config.seeds):
         generator = sampling.from_state(model, training.take_seed(states, index))
         facts = entry(
@@ -218,13 +241,17 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             batch_size=config.batch_size,
             convention=config.convention,
         )
+        if config.stream:  # Another order of the images makes another generator.
+            facts["stream"] = True
         name = f"{seed}.safetensors"
         facts["sha256"] = zoo.save_file(record.workdir / name, generator, facts)
         files[name] = facts
         # Samples of the file, not of the state: its weights are rounded to float16.
         saved = zoo.load_file(record.workdir / name)
-        samples[f"seed {seed}"] = sampling.generate(saved, jax.random.key(0), 24)
-    report.save_figure(report.image_grid(samples, num_columns=24), record.figures / "samples.png")
+        samples[f"seed {seed}"] = sampling.generate(saved, jax.random.key(0), _NUM_SHOWN)
+    report.save_figure(
+        report.image_grid(samples, num_columns=_NUM_SHOWN), record.figures / "samples.png"
+    )
     return {"files": files, "last_losses": last}
 
 
@@ -242,12 +269,13 @@ def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`: training; samples and files cost next to nothing beside it."""
     images = _plan.training_images(config.dataset, config.image_size, config.num_images)
     model = _configured(config, images.shape[1:])
+    on_device = config.batch_size * model.discriminator_steps if config.stream else images.shape[0]
     return [
         _plan.gan_training(
             model,
             config.batch_size,
             config.num_steps,
             len(config.seeds),
-            num_images=images.shape[0],
+            num_images=on_device,
         )
     ]

@@ -1,8 +1,9 @@
-"""Orbax behind three functions: `save`, `restore_latest`, `steps`.
+"""Orbax behind three functions, `save`, `restore_latest`, `steps`; and how a long loop stops.
 
 A checkpoint is a directory `DIR/STEP` that Orbax renames into place when it is complete, so one
 that a killed process left half written is never read. Only arrays are stored; nothing is ever
-unpickled. Random keys are stored as their data and wrapped again on reading.
+unpickled. Random keys are stored as their data and wrapped again on reading. Of several processes
+all must call `save` and `restore_latest`, with arrays that span them, at the same step.
 """
 
 import os
@@ -17,7 +18,7 @@ _KEEP = 2  # the newest, and the one before it should a disk fill up while the n
 
 
 class Preempted(Exception):
-    """A long loop was asked to stop, saved its state and ended; the same call goes on from there."""
+    """A long loop was told to stop, and has saved what the same call goes on from."""
 
 
 def _manager(directory: str | os.PathLike):
@@ -46,6 +47,12 @@ def _with_keys(plain: Any, template: Any) -> Any:
         return leaf
 
     return jax.tree.map(wrap, plain, template)
+
+
+def _check_shape(path: Any, leaf: Any, like: Any) -> None:
+    if leaf.shape != like.shape:
+        name = jax.tree_util.keystr(path)
+        raise ValueError(f"{name} is {list(leaf.shape)} there and {list(like.shape)} here")
 
 
 def save(directory: str | os.PathLike, step: int, state: Any) -> None:
@@ -78,6 +85,7 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> tuple[int, An
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(template))
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            jax.tree.map_with_path(_check_shape, state, abstract)  # Orbax lets NumPy's pass
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"checkpoint {step} in {directory} is not of this model: {error}"

@@ -36,14 +36,17 @@ __all__ = [
     "SPLITS",
     "DecodedFile",
     "Folder",
+    "FolderSplit",
     "Found",
     "Rejected",
+    "check_arguments",
     "check_images",
     "decode_image",
     "find_images",
     "iter_images",
     "load",
     "load_labels",
+    "open_folder",
     "permutation",
     "read_images",
     "to_float",
@@ -98,6 +101,16 @@ class Found(NamedTuple):
     root: str  # the folder
     paths: tuple[str, ...]  # [n] relative to the folder, "/" between parts, in natural order
     rejected: tuple[Rejected, ...]  # what cannot be entered or is not followed
+
+
+class FolderSplit(NamedTuple):
+    """What `open_folder` found: files that `decode_image` reads one by one."""
+
+    root: str  # the folder
+    paths: tuple[str, ...]  # [n] relative to the folder, in the order that the seed fixes
+    shape: tuple[int, int, int] | None  # (h, w, c) of those that count; None if none can be read
+    rejected: tuple[Rejected, ...]  # what cannot be entered or is not followed, of all splits
+    num_files: int  # image files of all splits
 
 
 class DecodedFile(NamedTuple):
@@ -273,7 +286,7 @@ def load(
         zero-padded to `image_size` (`idx_images`).
     *   a name of TensorFlow Datasets, `"mnist"`, `"celeb_a"`, `"lsun/bedroom"`, that is no folder
         here: its own splits, or parts of its train split; the shorter side resized to
-        `image_size`, then the middle (`tfds_images`).
+        `image_size`, then the middle (`tfds_images`, also for the faces of `"celeb_a@cropped"`).
 
     Args:
       name: one of `NAMES`, the path of a folder, or a name of TensorFlow Datasets.
@@ -292,7 +305,7 @@ def load(
         of images that is not positive, or (if `exact`) more images than there are; the message
         says what exists.
     """
-    _check_arguments(split, image_size, num_images, seed)
+    check_arguments(split, image_size, num_images, seed)
     seed = int(seed)
     if name == "digits":
         return _load_digits(split, image_size, num_images, seed, exact=exact)[0]
@@ -352,7 +365,7 @@ def load_labels(
     """
     if name not in NAMES:
         raise ValueError(f"labels are known of {', '.join(NAMES)}, not of {name!r}")
-    _check_arguments(split, image_size, num_images, seed)
+    check_arguments(split, image_size, num_images, seed)
     if name == "digits":
         return _load_digits(split, image_size, num_images, seed)[1]
     sources = _photo_sources(_read_photos(), split, image_size or 64, seed)
@@ -360,7 +373,8 @@ def load_labels(
     return _photo_labels(sources, split=split, num_images=count, seed=seed)
 
 
-def _check_arguments(split: str, image_size: Any, num_images: Any, seed: Any) -> None:
+def check_arguments(split: str, image_size: Any, num_images: Any, seed: Any) -> None:
+    """Refuse, with a ValueError, what no set can be loaded with; see `load`."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     _check_count("image_size", image_size)
@@ -711,6 +725,23 @@ def write_images(folder: str | os.PathLike, images: Any) -> list[pathlib.Path]:
     return paths
 
 
+def open_folder(
+    path: str | os.PathLike, *, split: str, image_size: int | None = None, seed: int = 0
+) -> FolderSplit:
+    """Finds a split of a folder as `load` would read it; only the headers of files are read.
+
+    Args:
+      path, split, image_size, seed: as for `load`.
+    Raises:
+      ValueError: if `path` does not exist, or no file there has the name of an image.
+    """
+    check_arguments(split, image_size, None, seed)
+    root, names, rejected = find_images(path)
+    shape = _resolve_shape(root, names, None, image_size)
+    paths = tuple(names[i] for i in _split_indices(len(names), split, int(seed)))
+    return FolderSplit(root, paths, shape, rejected, len(names))
+
+
 def _load_folder(
     path: str | os.PathLike,
     split: str,
@@ -720,15 +751,13 @@ def _load_folder(
     *,
     exact: bool,
 ) -> np.ndarray:
-    root, names, found = find_images(path)
-    rejected = list(found)
-    shape = _resolve_shape(root, names, None, image_size)
-    indices = _split_indices(len(names), split, seed)
+    found = open_folder(path, split=split, image_size=image_size, seed=seed)
+    rejected = list(found.rejected)
     images: list[np.ndarray] = []
-    for name in (names[i] for i in indices):
+    for name in found.paths:
         if num_images is not None and len(images) == num_images:
             break
-        image, reason = decode_image(os.path.join(root, name), shape)
+        image, reason = decode_image(os.path.join(found.root, name), found.shape)
         if image is None:
             rejected.append(Rejected(name, str(reason)))
         else:
@@ -740,8 +769,8 @@ def _load_folder(
     if not images or (exact and num_images is not None and len(images) < num_images):
         wanted = "" if num_images is None else f", {num_images} were asked for"
         raise ValueError(
-            f"the {split} split of {os.fspath(path)} has {len(images)} usable images "
-            f"of {len(indices)} files{wanted}; the folder holds {len(names)} image files"
+            f"the {split} split of {os.fspath(path)} has {len(images)} usable images of "
+            f"{len(found.paths)} files{wanted}; the folder holds {found.num_files} image files"
         )
     return np.stack(images)
 

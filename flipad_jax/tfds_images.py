@@ -13,10 +13,12 @@ counts is what the folder of a set says of itself.
 *   *Pixels.* Decoded by Pillow and by nothing else (TFDS would take OpenCV if it is there, whose
     JPEG decoder may round otherwise), never rotated by EXIF. What a folder may not hold (alpha, 16
     bits, CMYK) is left out with a warning; grey pictures in a set of RGB images become RGB.
-*   *Size.* As the published code does it: the shorter side is resized to `image_size` by Pillow's
-    bilinear filter, which averages over what it shrinks, and the middle is cut out (torchvision's
-    `Resize` and `CenterCrop`). So MNIST at 32 x 32 is enlarged from 28 x 28, while the embedded
-    digits are padded.
+*   *Size.* As the published code of FLIPAD does it, for CelebA and LSUN alike: the shorter side is
+    resized to `image_size` by Pillow's bilinear filter, which averages over what it shrinks, and
+    the middle is cut out (torchvision's `Resize` and `CenterCrop`). So MNIST at 32 x 32 is enlarged
+    from 28 x 28, while the embedded digits are padded.
+*   *Faces.* `celeb_a@cropped` is what the code of the decentralized attribution paper trains on:
+    128 x 128 pixels around the face, which are cut out before they are resized.
 """
 
 import difflib
@@ -26,7 +28,7 @@ import os
 import pathlib
 import re
 import shlex
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -34,10 +36,37 @@ from PIL import Image, UnidentifiedImageError
 
 from flipad_jax import data
 
-__all__ = ["load"]
+__all__ = ["Split", "decode", "load", "open_split", "read"]
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.=,-]+)?(:[0-9*]+\.[0-9*]+\.[0-9*]+)?")
+_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.=,-]+)?(:[0-9*]+\.[0-9*]+\.[0-9*]+)?(@[a-z]+)?")
 _BATCH = 64  # records read at a time
+# What NAME@CROP cuts out first: the size that images must have, and the box (left, top, right,
+# bottom), here that of the celeba_cropped of the progressive GANs that [P2] starts from.
+_BOXES = {("celeb_a", "cropped"): ((218, 178), (25, 57, 153, 185))}
+
+
+class Split(NamedTuple):
+    """A split whose images can be read in any order; nothing of it has been read yet.
+
+    Attributes:
+      name: as TFDS has it.
+      path: of the folder, for messages.
+      source: records of the set's own split, encoded, by number.
+      indices: numbers of this split's images, `[n]` int64, in the order that the seed fixes.
+      feature: what an example calls its image.
+      shape: `(h, w, c)` of the images that `decode` makes.
+      image_size: as asked for; None if images stay as they are.
+      box: what is cut out before anything is resized; None for all.
+    """
+
+    name: str
+    path: str
+    source: Any
+    indices: np.ndarray
+    feature: str
+    shape: tuple[int, int, int]
+    image_size: int | None
+    box: tuple[int, int, int, int] | None
 
 
 def load(
@@ -66,28 +95,24 @@ def load(
       ValueError: for a name that TFDS does not know, a set that is not prepared (with the command
         that does it), one without images, or (if `exact`) more images than there are.
     """
-    builder = _prepared(name, data_dir)
-    feature, (height, width, channels) = _image_feature(name, builder)
-    if image_size is not None:
-        height = width = image_size
-    if height is None or width is None:
-        raise ValueError(f"the images of {name} differ in size; give an image_size")
-    source_split, indices = _split(name, builder, split, seed)
-    if exact and num_images is not None and num_images > len(indices):
+    chosen = open_split(name, split=split, image_size=image_size, seed=seed, data_dir=data_dir)
+    total = len(chosen.indices)
+    if exact and num_images is not None and num_images > total:
         raise ValueError(
-            f"the {split} split of {name} has {len(indices)} images, {num_images} were asked for"
+            f"the {split} split of {name} has {total} images, {num_images} were asked for"
         )
-    most = len(indices) if num_images is None else min(num_images, len(indices))
-    images = np.empty((most, height, width, channels), np.uint8)
+    images = np.empty(
+        (total if num_images is None else min(num_images, total), *chosen.shape), np.uint8
+    )
     count, left_out = 0, []
-    for index, encoded in _read(builder, feature, source_split, indices):
-        image, reason = _decode(encoded, channels)
+    for index, (record, reason) in _read_in_order(chosen):
+        image = None
+        if record is not None:
+            image, reason = decode(chosen, record)
         if image is None:
             left_out.append(f"number {index}: {reason}")
             continue
-        if image_size is not None:
-            image = _resized(image, image_size)
-        images[count] = np.asarray(image).reshape(height, width, channels)
+        images[count] = image
         count += 1
         if count == len(images):
             break
@@ -97,16 +122,71 @@ def load(
         logging.warning("%s: left out %d images (%s%s)", name, len(left_out), shown, more)
     if count < (num_images if exact and num_images is not None else 1):
         raise ValueError(
-            f"the {split} split of {name} has {count} usable images of {len(indices)}, "
+            f"the {split} split of {name} has {count} usable images of {total}, "
             f"{num_images or 'some'} were asked for"
         )
     return images[:count]
+
+
+def open_split(
+    name: str,
+    *,
+    split: str,
+    image_size: int | None = None,
+    seed: int = 0,
+    data_dir: str | os.PathLike | None = None,
+) -> Split:
+    """Finds a split and the order of its images, which `read` and `decode` then give one by one.
+
+    Args:
+      name, split, image_size, seed, data_dir: as for `load`.
+    Raises:
+      ValueError: as `load` does for what is not there or holds no images of ours.
+    """
+    builder = _prepared(name, data_dir)
+    from tensorflow_datasets.core import decode as tfds_decode
+
+    known, _, crop = name.partition("@")
+    feature, (height, width, channels) = _image_feature(name, builder)
+    box = None
+    if crop:
+        size, box = _BOXES[re.split("[/:]", known)[0], crop]
+        if (height, width) != size:
+            raise ValueError(
+                f"{crop} is a part of images of {size[1]} x {size[0]} pixels (width x height); "
+                f"those of {known} are {width} x {height}"
+            )
+        height, width = box[3] - box[1], box[2] - box[0]
+    if image_size is not None:
+        height = width = image_size
+    if height is None or width is None:
+        raise ValueError(f"the images of {name} differ in size; give an image_size")
+    source_split, indices = _split(name, builder, split, seed)
+    source = builder.as_data_source(
+        split=source_split,
+        file_format="array_record",
+        deserialize_method=tfds_decode.DeserializeMethod.RAW_BYTES,
+    )
+    return Split(
+        name=name,
+        path=str(builder.data_path),
+        source=source,
+        indices=indices,
+        feature=feature,
+        shape=(height, width, channels),
+        image_size=image_size,
+        box=box,
+    )
 
 
 def _prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
     """The set as it lies on disk, in ArrayRecord files."""
     if not _NAME.fullmatch(name):
         raise _unknown(name, [])
+    name, _, crop = name.partition("@")
+    if crop and (re.split("[/:]", name)[0], crop) not in _BOXES:
+        there_are = ", ".join("@".join(pair) for pair in _BOXES)
+        raise ValueError(f"unknown crop {name}@{crop}; there is {there_are}")
     # A second's import, so only for who asks for such a set.
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import file_adapters, read_only_builder, registered
@@ -220,47 +300,75 @@ def _split(name: str, builder: Any, split: str, seed: int) -> tuple[str, np.ndar
     raise AssertionError(split)
 
 
-def _read(
-    builder: Any, feature: str, split: str, indices: np.ndarray
-) -> Iterator[tuple[int, bytes]]:
-    """Index and encoded bytes of every image, in order, a batch at a time.
+def read(split: Split, index: int) -> tuple[bytes | None, str | None]:
+    """The record of one image, encoded.
+
+    Args:
+      split: from `open_split`.
+      index: which one, an element of `split.indices`. May be called from many threads.
+    Returns:
+      `(record, None)`, or `(None, the reason why there is none)` where its checksum is wrong.
+    Raises:
+      ValueError: if the file cannot be read at all: that is no matter of one record, and what
+        stands there today may be readable tomorrow.
+    """
+    try:
+        return split.source[index], None
+    except (RuntimeError, OSError) as error:
+        # One chunk holds one record, so that the others are still to be had.
+        if "chunk data hash mismatch" in str(error):
+            return None, f"damaged: {data._one_line(error)}"
+        raise ValueError(
+            f"{split.path} cannot be read, prepare it once more: {data._one_line(error)}"
+        ) from error
+
+
+def _read_in_order(split: Split) -> Iterator[tuple[int, tuple[bytes | None, str | None]]]:
+    """Number and record of every image, in order, a batch at a time."""
+    for start in range(0, len(split.indices), _BATCH):
+        batch = [int(index) for index in split.indices[start : start + _BATCH]]
+        records: list[tuple[bytes | None, str | None]]
+        try:
+            records = [(record, None) for record in split.source.__getitems__(batch)]
+        except (RuntimeError, OSError):
+            # Which one it was, only reading them one by one can tell.
+            records = [read(split, index) for index in batch]
+        yield from zip(batch, records, strict=True)
+
+
+def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
+    """The image of a record, cut and resized.
 
     Of a record, a tf.train.Example, only the image is looked at: the forty attributes of a face
     would take TFDS longer to decode than the face.
+
+    Args:
+      split: from `open_split`.
+      record: from `read`.
+    Returns:
+      `(uint8 [h, w, c], None)`, or `(None, the reason why there is no image)`; a bad record is
+      never an exception.
     """
-    from tensorflow_datasets.core import decode
     from tensorflow_datasets.proto import tf_example_pb2
 
-    source = builder.as_data_source(
-        split=split,
-        file_format="array_record",
-        deserialize_method=decode.DeserializeMethod.RAW_BYTES,
-    )
-    for start in range(0, len(indices), _BATCH):
-        batch = [int(index) for index in indices[start : start + _BATCH]]
-        try:
-            records = source.__getitems__(batch)
-        except (RuntimeError, OSError) as error:  # A file is missing or damaged.
-            raise ValueError(
-                f"{builder.data_path} cannot be read, prepare it once more: {data._one_line(error)}"
-            ) from error
-        for index, record in zip(batch, records, strict=True):
-            found = tf_example_pb2.Example.FromString(record).features.feature
-            yield index, b"".join(found[feature].bytes_list.value)
-
-
-def _decode(encoded: bytes, channels: int) -> tuple[Image.Image | None, str | None]:
-    """An image of so many channels, or the reason why there is none."""
+    channels = split.shape[2]
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            reason = data._why_unusable(image, encoded[:26])
+        found = tf_example_pb2.Example.FromString(record).features.feature
+        encoded = b"".join(found[split.feature].bytes_list.value)
+        with Image.open(io.BytesIO(encoded)) as opened:
+            reason = data._why_unusable(opened, encoded[:26])
+            if reason is None and channels == 1 and opened.mode not in ("1", "L"):
+                reason = "is in colour, expected grey"
             if reason is not None:
                 return None, reason
-            if channels == 3:
-                return image.convert("RGB"), None
-            if image.mode not in ("1", "L"):
-                return None, "is in colour, expected grey"
-            return image.convert("L"), None
+            image = opened.convert("RGB" if channels == 3 else "L")
+        if split.box is not None:
+            image = image.crop(split.box)
+        if split.image_size is not None:
+            image = _resized(image, split.image_size)
+        if (image.height, image.width) != split.shape[:2]:
+            return None, f"is {image.width} x {image.height}, not as the set says of itself"
+        return np.asarray(image).reshape(split.shape), None
     except UnidentifiedImageError:
         return None, "not an image: no known format"
     except Exception as error:  # Decoders raise whatever a broken image makes them stumble over.

@@ -359,7 +359,7 @@ def test_training_data_that_cannot_be_used(images, options, message):
 
 def test_a_diverged_training_stops(monkeypatch):
     gan = tiny()._replace(generator_loss=lambda discriminate, fake, rng: jnp.nan * fake.sum())
-    with pytest.raises(FloatingPointError, match="before step 2"):
+    with pytest.raises(FloatingPointError, match="generator's loss .* in step 1 "):
         training.train(gan, tiny_images(), seeds=(0,), num_steps=4, batch_size=4, report_every=2)
 
 

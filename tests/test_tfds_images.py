@@ -10,59 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
+from tfds_sets import encoded, grey, prepare, real_features
 
 from flipad_jax import data, tfds_images
 
 ROOT = Path(__file__).resolve().parent.parent
-tfds = pytest.importorskip("tensorflow_datasets")
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
-        file, kind, **options
-    )
-    return file.getvalue()
-
-
-def real_features(name):
-    """What the code of TFDS itself says an example of the set is."""
-    return tfds.builder(name, data_dir="/nonexistent").info.features
-
-
-def prepare(folder, name, features, splits):
-    """Writes a set: the same calls of TFDS as `tfds build` makes, with our own examples.
-
-    TFDS shuffles them and writes ArrayRecord files, dataset_info.json and features.json.
-    """
-    set_name, _, config = name.partition("/")
-
-    class Ours(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = set_name
-        VERSION = tfds.core.Version("3.0.1")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
-
-        def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {key: iter(enumerate(examples)) for key, examples in splits.items()}
-
-        def _generate_examples(self):
-            raise AssertionError
-
-    tfds.disable_progress_bar()
-    builder = Ours(data_dir=folder)
-    builder.download_and_prepare(file_format="array_record")
-    return Path(builder.data_path)
-
-
-def grey(number):
-    """A 28 x 28 picture that tells its number."""
-    image = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
-    image[0, 0] = number
-    return image
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +69,9 @@ def test_the_first_images_do_not_depend_on_how_many_there_are(mnist):
 
 
 def test_only_what_is_asked_for_is_read(mnist, monkeypatch):
-    decoded, decode = [], tfds_images._decode
+    decoded, decode = [], tfds_images.decode
     monkeypatch.setattr(
-        tfds_images, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments)
+        tfds_images, "decode", lambda *arguments: decoded.append(1) or decode(*arguments)
     )
     for exact in (True, False):
         decoded.clear()

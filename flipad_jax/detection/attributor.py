@@ -457,7 +457,8 @@ def fit(
         minutes, which are not kept.)
     Returns:
       The attributor. Calibration images whose inversion missed its tolerance are left out of
-      `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified with it.
+      `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified
+      with it.
     Raises:
       ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
         at least, for the one-class detector), inversions that miss their tolerance, or processes

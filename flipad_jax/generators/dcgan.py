@@ -26,6 +26,7 @@ __all__ = ["Discriminator", "Generator", "dcgan", "default_features"]
 
 REAL_LABEL = 0.9
 FAKE_LABEL = 0.1
+LEARNING_RATE = 2e-4  # of every recipe in [P1] E.1
 
 
 def default_features(image_size: int) -> tuple[int, ...]:
@@ -132,10 +133,11 @@ def dcgan(
         ),
         discriminator_loss=_discriminator_loss,
         generator_loss=_generator_loss,
-        optimizer=optax.adam(2e-4, b1=0.5, b2=0.999),
+        optimizer=optax.adam(LEARNING_RATE, b1=0.5, b2=0.999),
         discriminator_steps=1,
         image_shape=image_shape,
         latent_dim=latent_dim,
+        learning_rate=LEARNING_RATE,
     )
 
 

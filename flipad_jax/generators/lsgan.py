@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from flipad_jax import conventions
 from flipad_jax.generators import layers
+from flipad_jax.generators.dcgan import LEARNING_RATE
 from flipad_jax.generators.training import Gan
 
 __all__ = ["Discriminator", "Generator", "lsgan"]
@@ -154,10 +155,11 @@ def lsgan(
         ),
         discriminator_loss=_discriminator_loss,
         generator_loss=_generator_loss,
-        optimizer=optax.adam(2e-4, b1=0.5, b2=0.999),
+        optimizer=optax.adam(LEARNING_RATE, b1=0.5, b2=0.999),
         discriminator_steps=5 if convention == "paper" else 1,
         image_shape=image_shape,
         latent_dim=latent_dim,
+        learning_rate=LEARNING_RATE,
     )
 
 

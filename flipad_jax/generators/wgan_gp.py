@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from flipad_jax.generators import layers
-from flipad_jax.generators.dcgan import Generator, check_features
+from flipad_jax.generators.dcgan import LEARNING_RATE, Generator, check_features
 from flipad_jax.generators.training import Gan
 
 __all__ = ["Critic", "gradient_penalty", "wgan_gp"]
@@ -86,8 +86,9 @@ def wgan_gp(
         discriminator=Critic(check_features(image_shape, discriminator_features, inwards=True)),
         discriminator_loss=_discriminator_loss,
         generator_loss=_generator_loss,
-        optimizer=optax.adam(2e-4, b1=0.0, b2=0.9),
+        optimizer=optax.adam(LEARNING_RATE, b1=0.0, b2=0.9),
         discriminator_steps=5,
         image_shape=image_shape,
         latent_dim=latent_dim,
+        learning_rate=LEARNING_RATE,
     )
