@@ -195,6 +195,10 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def should_stop(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        return False
+
     def say(self, text: str) -> None:
         """Print a line for the user on stdout, without breaking a bar that is being drawn."""
         tqdm.tqdm.write(text, file=sys.stdout)

@@ -11,9 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["restore_latest", "save", "steps"]
+__all__ = ["Preempted", "restore_latest", "save", "steps"]
 
 _KEEP = 2  # the newest, and the one before it should a disk fill up while the newest is written
+
+
+class Preempted(Exception):
+    """A long loop was asked to stop, and has saved what it needs to go on."""
 
 
 def _manager(directory: str | os.PathLike):
