@@ -41,6 +41,8 @@ class _Scorer:
             )
         self._attributor = bundle.load(job["attributor"])
         self._source = records.open_source(**job["source"])
+        if not os.path.isdir(job["folder"]):
+            raise ValueError(f"{job['folder']} is not where all machines of the cluster see it")
         self._output = corpora.open_output(
             job["folder"], self._source, job["attributor"], **job["settings"], write=False
         )

@@ -98,6 +98,11 @@ def open_source(
             what = f"matches {others[0]}, which is none" if others else "matches no file"
             raise ValueError(f"{path!r}: expected a pattern for .array_record files; it {what}")
         source = _whole_files(found, feature)
+    elif not tfds_images._NAME.fullmatch(path):
+        raise ValueError(
+            f"{path!r} is neither there, nor a name of TensorFlow Datasets; expected a folder of "
+            "images, ArrayRecord files, or such a name"
+        )
     else:
         source = _open_tfds(path, data_dir, split, feature)
     if not len(source):

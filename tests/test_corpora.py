@@ -199,6 +199,8 @@ def test_a_set_of_tfds_is_read_by_its_name(tmp_path):
     for split, message in (("", "give a split: test, train"), ("tset", "no split 'tset'")):
         with pytest.raises(ValueError, match=message):
             content(split)
+    with pytest.raises(ValueError, match="mnist is .* not prepared in .*; to prepare it"):
+        records.open_source("mnist", data_dir=str(tmp_path), split="test")
 
 
 def test_what_cannot_be_a_source_is_refused(tmp_path):
@@ -218,7 +220,7 @@ def test_what_cannot_be_a_source_is_refused(tmp_path):
         ("*.png", "matches no file"),
         ("both/*", "which is none"),
         ("both", "1 ArrayRecord files and 2 image files"),
-        ("missing", "unknown image set"),
+        ("missing", "is neither there, nor"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             records.open_source(tmp_path / name)
