@@ -121,7 +121,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "scores": str(output.folder),
         "num_records": output.num_records,
         "num_shards": output.num_shards,
-        **findings.counts,
+        **{verdict: findings.counts[verdict] for verdict in corpora.VERDICTS},
+        "num_doubtful": findings.counts["doubtful"],
+        "num_unconverged": findings.counts["unconverged"],
         "fnr": config.fnr,
         "threshold": calibration.threshold(attributor.calibration_scores, config.fnr),
         "smallest_certifiable_fnr": smallest,
@@ -247,8 +249,8 @@ def summary(metrics: dict[str, Any]) -> str:
         "",
         f"{metrics['num_records']} records: {metrics['ours']} ours, {metrics['not_ours']} not "
         f"ours, {metrics['cannot_judge']} cannot be judged (fnr {metrics['fnr']:g}).",
-        f"{metrics['unconverged']} inversions did not converge; {metrics['doubtful']} verdicts are "
-        "doubtful, their rows say why.",
+        f"{metrics['num_unconverged']} inversions did not converge; {metrics['num_doubtful']} "
+        "verdicts are doubtful, their rows say why.",
     ]
     if metrics["records_per_second"] is not None:
         lines.append(

@@ -148,7 +148,6 @@ def _round(
         ),
         num_gpus=1 if num_gpus else None,
         num_cpus=None if num_gpus else 1,
-        scheduling_strategy="SPREAD",
     )
     try:
         for row in scored.iter_rows():

@@ -98,7 +98,7 @@ def open_source(
             what = f"matches {others[0]}, which is none" if others else "matches no file"
             raise ValueError(f"{path!r}: expected a pattern for .array_record files; it {what}")
         source = _whole_files(found, feature)
-    elif not tfds_images._NAME.fullmatch(path):
+    elif not tfds_images._NAME.fullmatch(path.partition("@")[0]):
         raise ValueError(
             f"{path!r} is neither there, nor a name of TensorFlow Datasets; expected a folder of "
             "images, ArrayRecord files, or such a name"
@@ -237,12 +237,11 @@ class _ArrayRecords:
         return (None, reason) if record is None else data.decode(record, shape)
 
     def _image_of_example(self, record: bytes) -> tuple[bytes | None, str | None]:
-        from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
             features = tf_example_pb2.Example.FromString(record).features.feature
-        except DecodeError:
+        except Exception:  # what protocol buffers raise is a matter of their own
             return None, "neither an image nor a tf.train.Example"
         if self._feature not in features:
             names = ", ".join(sorted(features)) or "none"
@@ -275,6 +274,10 @@ def _whole_files(paths: list[str], feature: str) -> _ArrayRecords:
 
 
 def _open_tfds(name: str, data_dir: str, split: str, feature: str) -> _ArrayRecords:
+    if "@" in name:
+        raise ValueError(
+            f"{name}: pixels are scored as they are stored; leave out the crop after @"
+        )
     builder = tfds_images._prepared(name, data_dir or None)
     feature = feature or tfds_images._image_feature(name, builder)[0]
     known = ", ".join(sorted(builder.info.splits))

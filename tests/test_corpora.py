@@ -225,6 +225,8 @@ def test_what_cannot_be_a_source_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             records.open_source(tmp_path / name)
         assert name in str(caught.value)
+    with pytest.raises(ValueError, match="celeb_a@cropped: .* leave out the crop"):
+        records.open_source("celeb_a@cropped", split="test")
 
 
 def test_warnings_of_the_process_are_as_before_after_decoding_in_threads(tmp_path, attributor):

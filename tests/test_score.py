@@ -1,8 +1,12 @@
 """A corpus, scored as a user does it: killed, started again, on a cluster."""
 
 import csv
+import dataclasses
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,23 +262,37 @@ def test_a_cluster_of_two_loses_one_and_no_record(attributor_folder, tmp_path, m
     from ray.cluster_utils import Cluster
 
     write_records(tmp_path / "c.array_record", [*map(png, own_images(2, 1500)[0]), b"none"])
-    flags = (f"--attributor={attributor_folder}", f"--images={tmp_path / 'c.array_record'}")
+    where = {"attributor": str(attributor_folder), "images": str(tmp_path / "c.array_record")}
+    flags = tuple(f"--{name}={value}" for name, value in where.items())
     node = {"num_cpus": 1, "object_store_memory": 10**8}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         second = cluster.add_node(**node)
         receipts = tmp_path / "w" / "scores" / "receipts"
 
+        def count():
+            return len(list(receipts.glob("*.json")))
+
+        # First a run that is asked to stop when it has the first shards.
+        monkeypatch.setattr(Run, "should_stop", lambda self: True)
+        config = _config.make_config(experiment, "smoke", **where, cluster=cluster.address)
+        with pytest.raises(checkpoints.Preempted):
+            _config.execute(experiment, config, workdir=tmp_path / "w", preset="smoke")
+        assert 0 < count() < 47
+        monkeypatch.setattr(Run, "should_stop", lambda self: False)
+        there, at_kill = count(), []
+
         def kill():
-            while len(list(receipts.glob("*.json"))) < 10:
+            while count() < there + 10:
                 time.sleep(0.02)
             cluster.remove_node(second, allow_graceful=False)
+            at_kill.append(count())
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
         assert run(*flags, f"--workdir={tmp_path / 'w'}", f"--cluster={cluster.address}") == 0
         killer.join(timeout=60)
-        assert not killer.is_alive()
+        assert at_kill and at_kill[0] < 47
     finally:
         cluster.shutdown()
     rows = read(tmp_path / "w")
@@ -313,3 +331,32 @@ def test_what_a_machine_of_a_cluster_does(attributor_folder, tmp_path):
         cluster._Scorer({**job, "version": "0.0.1"})
     with pytest.raises(ValueError, match="fnr is"):
         cluster._Scorer({**job, "settings": {**settings, "fnr": 0.1}})
+
+
+def test_the_examples_of_the_guide_run(attributor_folder, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "corpora.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(attributor_folder, "runs/mine/attributor")
+    for name, images in (("a", own_images(2, 30)[0]), ("b", random_images(9))):
+        write_records(Path("crawl") / f"{name}.array_record", map(png, images))
+    scope: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(example, "corpora.md", "exec"), scope)  # noqa: S102
+    assert scope["manifest"]["complete"] and len(scope["manifest"]["shards"]) == 3
+    assert scope["found"].counts["cannot_judge"] == 40  # digits are no 8 x 8 colour images
+    commands = re.findall(r"^python run\.py [^\\\n]*(?:\\\n[^\\\n]*)*", text, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        known = {field.name for field in dataclasses.fields(experiment.Config)}
+        assert set(names) <= known | {"experiment", "workdir"}
+    assert _config.main(shlex.split(commands[0].replace("\\\n", " "))[1:]) == 0
+    rows = list(scope["rows"]("runs/crawl/scores"))
+    assert [row["path"][0] for row in rows] == ["a"] * 30 + ["b"] * 9
+    assert [row["verdict"] for row in rows].count("ours") >= 28
+    # What the guide says of files and flags.
+    for flag in re.findall(r"`--(\w+)", text):
+        assert flag in known | {"experiment", "workdir"}, flag
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / "docs" / link).exists()
