@@ -244,9 +244,9 @@ class Run:
         """
         if self._num_processes == 1:
             return self.should_stop()
-        from jax.experimental import multihost_utils
+        from flipad_jax import parallel  # Here, so that a record can be read without JAX.
 
-        return bool(multihost_utils.process_allgather(np.array(self.should_stop())).any())
+        return parallel.anywhere(self.should_stop())
 
     def need_room(
         self, num_bytes: float = 0, what: str = "results", folder: Path | None = None

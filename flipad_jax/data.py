@@ -20,6 +20,7 @@ import contextlib
 import functools
 import importlib.resources
 import importlib.util
+import io
 import os
 import pathlib
 import re
@@ -41,7 +42,9 @@ __all__ = [
     "Rejected",
     "check_arguments",
     "check_images",
+    "decode",
     "decode_image",
+    "decoding",
     "find_images",
     "iter_images",
     "load",
@@ -670,9 +673,37 @@ def decode_image(  # noqa: DOC501 - what it raises it catches
       `(uint8 [h, w, c], None)`, or `(None, the reason why there is no image)`; a bad file is never
       an exception.
     """
-    path = os.fspath(path)
+    with decoding():
+        return decode(os.fspath(path), image_shape)
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """What `decode` wants around it: Pillow's complaints about metadata are not shown (the pixels
+    decide), its suspicion of a decompression bomb is an error.
+
+    Filters of warnings belong to the whole process and not to a thread: who decodes in several
+    threads enters this once, around all of them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decode(
+    file: str | bytes, image_shape: tuple[int, int, int] | None = None
+) -> tuple[np.ndarray | None, str | None]:
+    """`decode_image` for many threads, also of files that are in memory; see `decoding`.
+
+    Args:
+      file: a path, or what a file would hold.
+      image_shape: as in `decode_image`.
+    Returns:
+      As `decode_image`.
+    """
     try:
-        with _opened(path) as image:
+        with _opened(file) as image:
             height, width, channels = _shape(image)
             if image_shape is not None and (height, width) != image_shape[:2]:
                 raise _Unusable(  # before any pixel is decoded
@@ -816,34 +847,32 @@ class _Unusable(Exception):
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def _opened(source: str | bytes) -> Iterator[Image.Image]:
     """Opens an image file, reads its header and checks that its pixels can be had unchanged."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # complaints about metadata: the pixels decide
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            if not os.path.isfile(path):  # a pipe would block, a dangling link has no pixels
-                raise _Unusable("not a regular file")
-            with open(path, "rb") as file:
-                header = file.read(26)
-                if not header:
-                    raise _Unusable("empty file")
-                file.seek(0)
-                with Image.open(file, formats=_FORMATS) as image:
-                    reason = _why_unusable(image, header)
-                    if reason:
-                        raise _Unusable(reason)
-                    yield image
-        except _Unusable:
-            raise
-        except UnidentifiedImageError as error:
-            raise _Unusable("not an image: no known format") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _Unusable(
-                f"too large, refused as a decompression bomb: {_one_line(error)}"
-            ) from error
-        except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-            raise _Unusable(f"cannot be decoded: {_one_line(error)}") from error
+    try:
+        # A pipe would block, a dangling link has no pixels.
+        if isinstance(source, str) and not os.path.isfile(source):
+            raise _Unusable("not a regular file")
+        with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as file:
+            header = file.read(26)
+            if not header:
+                raise _Unusable("empty file")
+            file.seek(0)
+            with Image.open(file, formats=_FORMATS) as image:
+                reason = _why_unusable(image, header)
+                if reason:
+                    raise _Unusable(reason)
+                yield image
+    except _Unusable:
+        raise
+    except UnidentifiedImageError as error:
+        raise _Unusable("not an image: no known format") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _Unusable(
+            f"too large, refused as a decompression bomb: {_one_line(error)}"
+        ) from error
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+        raise _Unusable(f"cannot be decoded: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -880,7 +909,7 @@ def _shape(image: Image.Image) -> tuple[int, int, int]:
 
 def _header_shape(path: str) -> tuple[int, int, int] | None:
     try:
-        with _opened(path) as image:
+        with decoding(), _opened(path) as image:
             return _shape(image)
     except _Unusable:
         return None
