@@ -174,7 +174,7 @@ def to_uint8(x: Any) -> np.ndarray:
             f"images hold NaN or infinity, first at index {_first_indices(bad)}; "
             "there is no 8-bit value for them"
         )
-    return np.rint(np.clip(127.5 * (x + 1.0), 0.0, 255.0)).astype(np.uint8)
+    return np.rint(127.5 * (np.clip(x, -1.0, 1.0) + 1.0)).astype(np.uint8)
 
 
 def check_images(images: Any, *, shape: tuple[int, int, int] | None = None) -> Any:
