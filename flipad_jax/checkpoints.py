@@ -17,7 +17,7 @@ _KEEP = 2  # the newest, and the one before it should a disk fill up while the n
 
 
 class Preempted(Exception):
-    """A long loop was asked to stop, saved its state and ended; the same call goes on from there."""
+    """A long loop was asked to stop, saved its state and ended; the same call goes on there."""
 
 
 def _manager(directory: str | os.PathLike):
