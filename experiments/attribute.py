@@ -6,8 +6,8 @@ says why a file cannot be judged, or what makes its verdict doubtful. Pixels are
 stored: nothing is resized, rotated or flattened.
 
 Every score is kept in the workdir under the SHA-256 of the file: a killed run goes on where it was,
-and another --fnr or --fdr scores nothing again. Exit status: 0 when every file has its row,
-whatever the verdicts; 2 after a mistake in the command or its files; 130 after an interruption.
+and another --fnr or --fdr scores nothing again. Exit code: 0 when every file has its row, whatever
+the verdicts; --help lists the others.
 
     python run.py --experiment=attribute --attributor=runs/mine/attributor --images=suspects \\
         --output=verdicts.csv --fnr=0.005

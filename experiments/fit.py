@@ -16,7 +16,6 @@ Writes WORKDIR/attributor, for --experiment=attribute and `flipad_jax.load`, and
 
 import dataclasses
 import hashlib
-import math
 import os
 import shlex
 import time
@@ -121,11 +120,14 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     digest = hashlib.sha256(loaded.z_bar.tobytes())
     for array in (own.images, real, impostors, *jax.tree.leaves(loaded.layer)):
         digest.update(b"" if array is None else np.asarray(array).tobytes())
-    activation_bytes = 4 * math.prod(loaded.layer.operator.input_shape)
-    num_inverted = len(own.images) + (len(real) if config.detector == "deepsad" else 0)
-    record.need_room(
-        num_inverted * activation_bytes, f"activations of {num_inverted} images, until all is done"
+    kept_bytes = attribution.kept_bytes(
+        loaded.layer,
+        settings,
+        len(own.images),
+        0 if real is None else len(real),
+        with_impostors=impostors is not None,
     )
+    record.need_room(kept_bytes, "features of all images, which are kept until all is done,")
     with record.parts("fit") as progress:
         attributor = attribution.fit(
             loaded.layer,

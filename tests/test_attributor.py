@@ -379,5 +379,8 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_attributor(detector, monkeypa
         + ["deepsad, epoch 1", "deepsad, epoch 2", "calibration-0"],
     }
     assert sorted(set(shelf.computed)) == sorted(names[detector])
+    written = sum(part["rows"].nbytes for part in shelf.parts.values() if "rows" in part)
+    num_real = 0 if real is None else len(real)
+    assert written == attribution.kept_bytes(LAYER, config, len(OWN), num_real)
     # All but what was being written is computed once.
     assert len(shelf.computed) < 2 * len(names[detector])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gzip
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,6 +178,11 @@ def test_flagfile_repeats_a_run(toy, demo):
         (["--flagfile=nowhere"], ["nowhere"]),
         (["demo"], ["unexpected argument 'demo'", "--experiment=demo"]),
         (["--seed=1", "stray"], ["unexpected argument 'stray'"]),
+        (["--plan_devices=2"], ["--plan_devices=2", "and --plan"]),
+        (["--plan", "--plan_devices=0"], ["--plan_devices=0", "1 or more"]),
+        (["--num_processes=2"], ["--num_processes and --process_id belong together"]),
+        (["--num_processes=2", "--process_id=2"], ["--process_id=2", "expected 0 to 1"]),
+        (["--num_processes=2", "--process_id=0"], ["--coordinator_address is missing"]),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(toy, demo, capsys, arguments, words):
@@ -193,6 +200,8 @@ def test_help_shows_experiments_and_settings_without_running(toy, demo, capsys):
     assert "--num_images=3" in text and "Images per source." in text
     for field in dataclasses.fields(demo.Config):
         assert f"--{field.name}=" in text and field.metadata["help"] in text
+    exits = text.partition("Exit codes:")[2].split("\n")
+    assert [line.split()[0] for line in exits if line[2:3].strip()] == "0 1 2 74 130 143".split()
     assert demo.CALLS == []
 
 
@@ -219,6 +228,72 @@ def test_an_experiment_without_a_plan_says_so(toy, demo, capsys):
     assert command(toy, "--plan") == 2
     assert "--experiment=demo has no plan" in one_error(capsys)
     assert demo.CALLS == [] and not Path("runs").exists()
+
+
+def test_an_experiment_that_runs_anew_runs_in_one_process(toy, demo, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CHANGEABLE", (), raising=False)
+    assert command(toy, "--coordinator_address=localhost:1") == 2
+    assert "--experiment=demo runs in one process" in one_error(capsys)
+
+
+@pytest.fixture
+def no_cache_set():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_a_folder_of_ones_own(toy, demo, no_cache_set):
+    assert command(toy, "--preset=smoke", "--compilation_cache=programs/here") == 0
+    assert jax.config.jax_compilation_cache_dir == str(Path("programs/here").absolute())
+    assert Path("programs/here").stat().st_mode & 0o777 == 0o700
+    assert "compilation_cache" not in Path("runs/demo-smoke/config.flags").read_text()
+
+
+@pytest.mark.parametrize("place, mode", [("a/b", 0o777), ("a/b", 0o1777), ("a", 0o777)])
+def test_programs_that_others_can_exchange_are_not_run(toy, demo, capsys, place, mode):
+    Path("a/b").mkdir(parents=True)
+    Path(place).chmod(mode)
+    before = jax.config.jax_compilation_cache_dir
+    assert command(toy, "--compilation_cache=a/b") == 2
+    assert "everybody can write to" in one_error(capsys)
+    assert jax.config.jax_compilation_cache_dir == before and demo.CALLS == []
+
+
+def test_programs_of_somebody_else_are_not_run(toy, demo, capsys, monkeypatch):
+    Path("theirs").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 7)
+    monkeypatch.setattr(_config, "_TRUSTED", ())
+    assert command(toy, "--compilation_cache=theirs") == 2
+    assert "belongs to somebody else" in one_error(capsys)
+
+
+def test_a_trace_is_what_the_viewers_open(toy, demo, capsys, monkeypatch):
+    def run(config, record):
+        jax.jit(lambda x: x @ x)(jnp.ones((64, 64))).block_until_ready()
+        return {"sum": 1}
+
+    monkeypatch.setattr(demo, "run", run)
+    assert command(toy, "--profile=trace") == 0
+    assert "Trace: trace" in capsys.readouterr().err
+    (space,) = Path("trace").rglob("*.xplane.pb")
+    (events,) = Path("trace").rglob("perfetto_trace.json.gz")
+    names = {event.get("name", "") for event in json.loads(gzip.open(events).read())["traceEvents"]}
+    assert space.stat().st_size and any("dot" in name for name in names)
+
+
+def test_a_trace_ends_before_the_run_does(toy, demo, capsys, monkeypatch):
+    def run(config, record):
+        for _ in range(200):
+            time.sleep(0.05)
+            if list(Path("trace").rglob("*.xplane.pb")):
+                return {"sum": 1}
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(_config, "_PROFILED_SECONDS", 0.1)
+    monkeypatch.setattr(demo, "run", run)
+    assert command(toy, "--profile=trace") == 0
+    assert capsys.readouterr().err.count("Trace: trace") == 1
 
 
 def test_nothing_is_defined_in_the_global_flags(toy):
@@ -510,6 +585,76 @@ def test_a_workdir_that_cannot_be_written_is_one_line(
     line = one_error(capsys)
     assert "--workdir=w cannot be written to" in line and os.strerror(number) in line
     assert demo.CALLS == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two mebibytes, and a function that mounts it anew with other options."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(*arguments):
+        command = ["mount", *arguments, str(folder)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if sys.platform != "linux" or not mount("-t", "tmpfs", "-o", "size=2m", "none"):
+        pytest.skip("no right to mount a file system")
+    yield folder, lambda options: mount("-o", f"remount,{options}")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_run_that_fills_its_disk_goes_on_when_there_is_room(
+    toy, demo, capsys, monkeypatch, small_disk
+):
+    folder, remount = small_disk
+    monkeypatch.setattr(_record, "_ROOM", 2**20)
+    computed = []
+
+    def run(config, record):
+        def compute(i):
+            computed.append(i)
+            return {"z": np.full(90_000, float(i))}
+
+        return {"sum": sum(record.stage(f"s{i}", lambda i=i: compute(i))["z"][0] for i in range(4))}
+
+    monkeypatch.setattr(demo, "run", run)
+    workdir = folder / "w"
+    assert command(toy, f"--workdir={workdir}") == 74
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: nothing more could be written (") and "No space left" in line
+    assert computed == [0, 1, 2]
+    assert {path.name for path in (workdir / "stages").iterdir()} == {"s0.npz", "s1.npz"}
+    assert command(toy, f"--workdir={workdir}") == 2  # told before anything is computed
+    assert f"--workdir={workdir} has 1 MiB free" in one_error(capsys) and len(computed) == 3
+    remount("size=16m")
+    assert command(toy, f"--workdir={workdir}") == 0
+    assert computed == [0, 1, 2, 2, 3]
+    assert _record.read_results(workdir)["metrics"] == {"sum": 6.0}
+
+
+def test_a_read_only_disk_is_told_before_anything_is_computed(toy, demo, capsys, small_disk):
+    folder, remount = small_disk
+    remount("ro")
+    assert command(toy, f"--workdir={folder / 'w'}") == 2
+    line = one_error(capsys)
+    assert f"--workdir={folder / 'w'} cannot be written to (Read-only file system)" in line
+    assert demo.CALLS == []
+
+
+def test_a_checkpoint_that_fills_the_disk_is_no_checkpoint(small_disk):
+    folder, remount = small_disk
+    state = {"x": jnp.asarray(np.random.default_rng(0).standard_normal(90_000))}
+    checkpoints.save(folder / "c", 1, state)
+    (folder / "filler").write_bytes(bytes(2**20))
+    with pytest.raises(Exception) as caught:
+        checkpoints.save(folder / "c", 2, state)
+    assert _record.out_of_room(caught.value)
+    step, found = checkpoints.restore_latest(folder / "c", {"x": jnp.zeros_like(state["x"])})
+    assert step == 1
+    np.testing.assert_array_equal(found["x"], state["x"])
+    remount("size=16m")
+    checkpoints.save(folder / "c", 2, state)
+    assert checkpoints.restore_latest(folder / "c", found)[0] == 2
 
 
 def test_what_causes_an_error_may_be_a_full_disk():

@@ -105,6 +105,14 @@ def test_few_images_go_on_and_say_what_they_certify(files, tmp_path, capsys):
     assert "0.0385" in said.out and "199" in (tmp_path / "w" / "report.html").read_text()
 
 
+def test_no_room_is_told_before_anything_is_fitted(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attribution, "fit", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr(attribution, "kept_bytes", lambda *_, **__: 2**60)
+    assert run(*flags_of(files, workdir=tmp_path / "w")) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "has" in line and "free, features of all images" in line and "make room" in line
+
+
 def test_inversions_that_missed_their_bound_are_counted(files, tmp_path, monkeypatch):
     honest = attribution.score_with_info
 

@@ -315,3 +315,32 @@ def test_the_table_adds_up(monkeypatch):
     (total,) = (line for line in text.splitlines() if line.startswith("all"))
     assert "60 k" in total and "1 min" in total
     assert "lower bounds" in text and "small 1 kFLOP/s" in text
+
+
+@pytest.mark.parametrize(
+    "shared_by, num_devices, used", [(64, 8, 8), (64, 6, 4), (6, 4, 3), (1, 8, 1), (7, 8, 7)]
+)
+def test_devices_share_what_they_can_cut_into_equal_parts(shared_by, num_devices, used):
+    stage = _plan.Stage("step", product, (), 1, shared_by=shared_by)
+    assert _plan.share(stage, num_devices) == pytest.approx(1 / used)
+
+
+def test_the_plan_for_several_devices_says_what_does_not_scale(monkeypatch):
+    slow = _plan.Accelerator(1e3, 1e3, math.inf, math.inf, "float32")
+    monkeypatch.setattr(_plan, "ACCELERATORS", {})
+    monkeypatch.setattr(_plan, "this_machine", lambda: slow)
+    x = floats(10, 10)
+    stages = [
+        _plan.Stage("together", product, (x, x), 8, shared_by=64),
+        _plan.Stage("alone", product, (x, x), 3),
+    ]
+    text = _plan.report("--experiment=toy", stages, 8)
+    # 2000 operations a call, 1000 a second: 16 s and 6 s; on eight devices 2 s and 6 s.
+    one, eight = (line for line in text.splitlines() if line.startswith("all"))
+    assert one.split()[-2:] == ["22", "s"] and "on one device" in one
+    assert eight.split()[-2:] == ["8", "s"] and "on 8 devices" in eight
+    rows = [line for line in text.splitlines() if line.startswith(("together", "alone"))]
+    assert [row.split()[2] for row in rows] == ["8", "1"]
+    assert "One device does alone: alone." in " ".join(text.split())
+    # Those that are there are planned for by default: here one.
+    assert "devices" not in _plan.report("--experiment=toy", stages, jax.device_count())

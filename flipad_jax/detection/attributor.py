@@ -57,6 +57,7 @@ __all__ = [
     "decide",
     "departures",
     "fit",
+    "kept_bytes",
     "score",
     "score_with_info",
     "verdicts",
@@ -456,9 +457,8 @@ def fit(
         images and epochs of DeepSAD. The result is the same. (Impostors' images are learned in some
         minutes, which are not kept.)
     Returns:
-      The attributor. Calibration images whose inversion missed its tolerance are left out of
-      `calibration_scores`. fnr below 1 / (number of calibration images + 1) cannot be certified
-      with it.
+      The attributor. Calibration images whose inversion missed its tolerance are left out of its
+      `calibration_scores`; fnr below 1 / (their number + 1) cannot be certified with it.
     Raises:
       ValueError: for bad images, missing or superfluous `real` or `impostors`, too few images (80
         at least, for the one-class detector), inversions that miss their tolerance, or processes
@@ -584,6 +584,40 @@ def fit(
             f"in {config.max_iters} iterations: allow more iterations or a larger tol"
         )
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
+
+
+def kept_bytes(
+    layer: FinalLayer,
+    config: AttributorConfig,
+    num_generated: int,
+    num_real: int = 0,
+    *,
+    with_impostors: bool = False,
+) -> int:
+    """How much of features `fit` hands to `kept`, at most.
+
+    Args:
+      layer: the last layer.
+      config: settings.
+      num_generated: own images.
+      num_real: real images.
+      with_impostors: whether images of impostors are given.
+    Returns:
+      Bytes; states of DeepSAD, which are small, are not counted.
+    """
+    if config.features != "activations":
+        return 0
+    shape = layer.operator.input_shape
+    num_calibration = int(num_generated * config.calibration_share)
+    num_rows = num_generated - num_calibration
+    if config.detector == "deepsad":
+        chosen = features.preset(config.features, config.convention)
+        raw = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        shape = jax.eval_shape(functools.partial(features.extract, chosen), raw).shape[1:]
+        num_rows += num_real
+    elif with_impostors:
+        num_rows = min(num_rows, num_calibration + config.num_inverted)
+    return 4 * num_rows * math.prod(shape)
 
 
 def score_with_info(
