@@ -23,7 +23,7 @@ cd "${FLIPAD_DIR:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY all_proxy ALL_PROXY
 
 code=0
-srun --kill-on-bad-exit=1 "${VENV:-.venv}/bin/python" run.py "$@" || code=$?
+srun --kill-on-bad-exit=1 "${VENV:-.venv}/bin/python" run.py --coordinator_address=auto "$@" || code=$?
 if [ "$code" -eq 143 ]; then  # Stopped, and saved what it goes on from.
   scontrol requeue "$SLURM_JOB_ID"
 fi

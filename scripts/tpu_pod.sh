@@ -18,4 +18,4 @@ fi
 arguments=$(printf '%q ' "$@")
 # Quoted for the remote shell; where the repository lies is for the remote shell to know.
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
-  --command="cd ${FLIPAD_DIR:-flipad_jax} && .venv/bin/python run.py $arguments"
+  --command="cd ${FLIPAD_DIR:-flipad_jax} && .venv/bin/python run.py --coordinator_address=auto $arguments"

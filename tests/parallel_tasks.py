@@ -276,8 +276,9 @@ def main():
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     group = args.coordinator_address, args.num_processes, args.process_id
-    parallel.initialize(*group)
-    parallel.initialize(*group)  # once is enough
+    if args.num_processes is not None:
+        parallel.initialize(*group)
+        parallel.initialize(*group)  # once is enough
     found = {}
     for name in args.tasks.split(","):
         options = {"directory": args.out.with_suffix("")} if name == "resumed" else {}

@@ -74,35 +74,22 @@ def test_half_a_group_is_refused_in_one_line(given, said):
     assert "\n" not in str(caught.value) and f"num_processes={given[1]}" in str(caught.value)
 
 
-CLUSTER = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
-SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
-
-
 @pytest.mark.parametrize(
-    "environment, given, expected",
+    "given, expected",
     [
-        ({}, (), None),
-        ({"SLURM_NTASKS": "2"}, (), None),  # in a job, but not started by srun
-        (SLURM | {"SLURM_NTASKS": "1"}, (), None),
-        (SLURM, (), (None, None, None, None)),
-        (SLURM, (None, 1), None),
-        (SLURM, ("a:1", 2, 1), ("a:1", 2, 1, "deactivate")),
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "4"}, (), (None,) * 4),
-        ({}, ("a:1", 2, 0), ("a:1", 2, 0, "deactivate")),
+        ((), (None, None, None, None)),  # JAX looks for Slurm, a pod, ...
+        (("a:1", 2, 1), ("a:1", 2, 1, "deactivate")),  # ... or must not
+        ((None, 1), None),
+        (("a:1", 1, 0), None),
     ],
 )
-def test_who_starts_a_group(monkeypatch, environment, given, expected):
+def test_who_finds_the_processes(monkeypatch, given, expected):
     calls, before = [], jax.config.jax_enable_preemption_service
 
-    def initialize(*, cluster_detection_method, **group):
+    def initialize(*group, cluster_detection_method):
         assert not jax.config.jax_enable_preemption_service
-        calls.append((*group.values(), cluster_detection_method))
+        calls.append((*group, cluster_detection_method))
 
-    for name in CLUSTER:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel.glob, "glob", lambda pattern: [])
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     try:
         parallel.initialize(*given)
@@ -111,6 +98,20 @@ def test_who_starts_a_group(monkeypatch, environment, given, expected):
         monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
         parallel.initialize(*given)
         assert len(calls) <= 1
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+
+
+def test_nobody_to_be_found_is_said_in_one_line(monkeypatch):
+    def initialize(*group, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    before = jax.config.jax_enable_preemption_service
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    try:
+        with pytest.raises(ValueError, match="finds nobody .*srun") as caught:
+            parallel.initialize()
+        assert "\n" not in str(caught.value)
     finally:
         jax.config.update("jax_enable_preemption_service", before)
 
