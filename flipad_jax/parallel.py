@@ -19,10 +19,7 @@ is padded, since a padded batch would have another mean.
 """
 
 import functools
-import glob
 import hashlib
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -63,16 +60,17 @@ def initialize(
 ) -> None:
     """Make this process one of several; before anything else touches JAX's devices.
 
-    Returns at once where there is only one process, and if it was called before. Waits, up to five
-    minutes, until all processes have called it.
+    Waits, up to five minutes, until all processes have called it. Once is enough; and
+    `num_processes=1` does nothing, so that a process can stay alone on a cluster, too.
 
     Args:
       coordinator_address: host and port of process 0, as the others reach it, "10.0.0.1:1234".
-      num_processes: how many there are. 1 keeps this process to itself on a cluster, too.
+      num_processes: how many there are.
       process_id: number of this one, from 0. All three or, where Slurm, Open MPI or a TPU pod
         started the processes, none: JAX finds them.
     Raises:
-      ValueError: for some of the three without the others, or numbers out of range.
+      ValueError: for some of the three without the others, numbers out of range, or none where
+        JAX finds nothing.
       RuntimeError: if JAX was used before, or the processes did not find each other.
     """
     given = {
@@ -83,16 +81,13 @@ def initialize(
     said = ", ".join(f"{name}={value!r}" for name, value in given.items())
     if num_processes == 1 and process_id in (None, 0):
         return
-    explicit = any(value is not None for value in given.values())
-    if coordinator_address is None or num_processes is None or process_id is None:
-        if explicit:
+    found_by_jax = all(value is None for value in given.values())
+    if not found_by_jax:
+        if coordinator_address is None or num_processes is None or process_id is None:
             raise ValueError(
                 f"{said}: give all three, or none where Slurm, Open MPI or a TPU pod starts the "
                 "processes"
             )
-        if not _on_cluster():
-            return
-    else:
         host, _, port = coordinator_address.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"{said}: the address of process 0 must be HOST:PORT")
@@ -103,24 +98,16 @@ def initialize(
     # JAX would take SIGTERM for itself; a run that is told to stop saves first and agrees on when
     # (`anywhere`).
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        **given, cluster_detection_method="deactivate" if explicit else None  # type: ignore
-    )
-
-
-def _on_cluster() -> bool:
-    """Whether something that JAX can read started several processes.
-
-    JAX itself is not asked: its own search warns, or fails, in a container that is none of these.
-    """
-    for marker, count in (
-        ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),  # started by srun, not just by sbatch
-        ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
-    ):
-        if marker in os.environ:
-            return int(os.environ.get(count, "1")) > 1
-    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    method = None if found_by_jax else "deactivate"
+    try:
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, cluster_detection_method=method
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{said}: JAX finds nobody who started several processes ({error}); start them with "
+            "srun, mpirun or on a TPU pod, or give all three"
+        ) from error
 
 
 def is_main() -> bool:
