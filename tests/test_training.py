@@ -172,7 +172,7 @@ def test_waiting_is_the_time_in_which_the_device_has_nothing_to_do(
         time.sleep(0.05)
         return next(self._iterator)
 
-    def step(states, batches, *, gan):
+    def step(states, batches, *, gan, mesh):
         nonlocal free_at
         loss = np.zeros(1).view(Pending)
         free_at = loss.ready_at = max(free_at, time.perf_counter()) + busy

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from flipad_jax import checkpoints, data, pipeline
+from flipad_jax import checkpoints, data, parallel, pipeline
 from flipad_jax.generators import layers
 
 __all__ = [
@@ -137,16 +138,21 @@ def init_seeds(gan: Gan, seeds: jax.Array) -> GanState:
     return jax.vmap(lambda seed: init(gan, jax.random.key(seed)))(seeds)
 
 
-def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Losses]:
+def train_step(
+    gan: Gan, state: GanState, real: jax.Array, mesh: Mesh | None = None
+) -> tuple[GanState, Losses]:
     """One generator update and the discriminator updates before it.
 
     Args:
       gan: the model.
       state: one seed's state.
       real: images `[discriminator_steps, n, h, w, c]` float32 in [-1, 1].
+      mesh: devices among which the batches are divided, real and generated ones; the sums over a
+        batch are still those of the whole.
     """
     rng = jax.random.fold_in(state.rng, state.step + 1)
     batch_size = real.shape[1]
+    real = parallel.constrain(real, mesh, axis=1)
 
     def discriminate(params, images, rng=None):
         # Batch statistics always; "batch_stats" would be running averages, which nobody reads.
@@ -159,6 +165,7 @@ def train_step(gan: Gan, state: GanState, real: jax.Array) -> tuple[GanState, Lo
 
     def generate(params, batch_stats, rng):
         latents = jax.random.normal(rng, (batch_size, gan.latent_dim), jnp.float32)
+        latents = parallel.constrain(latents, mesh)
         variables = {"params": params, "batch_stats": batch_stats}
         images, updates = gan.generator.apply(
             variables, latents, train=True, mutable=["batch_stats"]
@@ -245,9 +252,11 @@ def _step_indices(
     return jax.vmap(lambda b: _epoch_batch(order_rng, b, num_images, batch_size))(batches)
 
 
-@functools.partial(jax.jit, static_argnames=("gan", "batch_size"), donate_argnames=("states",))
+@functools.partial(
+    jax.jit, static_argnames=("gan", "batch_size", "mesh"), donate_argnames=("states",)
+)
 def step_all(
-    states: GanState, images: jax.Array, *, gan: Gan, batch_size: int
+    states: GanState, images: jax.Array, *, gan: Gan, batch_size: int, mesh: Mesh | None = None
 ) -> tuple[GanState, Losses]:
     """One step of every seed in one compiled program.
 
@@ -255,43 +264,52 @@ def step_all(
       states: with a leading axis of seeds, `[s, ...]`; donated.
       images: all training images `[n, h, w, c]` uint8, on the device, shared by the seeds.
       gan, batch_size: static.
+      mesh: static; devices among which every batch is divided. States and images are whole on each
+        of them (`parallel.replicate`).
     Returns:
       the states and losses, each with the axis of seeds.
     """
 
     def one_seed(state):
         indices = _step_indices(gan, state.rng, state.step, images.shape[0], batch_size)
-        return train_step(gan, state, images[indices].astype(jnp.float32) / 127.5 - 1)
+        batch = parallel.constrain(images[indices], mesh, axis=1)
+        return train_step(gan, state, batch.astype(jnp.float32) / 127.5 - 1, mesh)
 
-    return _each_seed(one_seed, states)
+    return _each_seed(one_seed, states, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="gan", donate_argnames="states")
-def step_batches(states: GanState, batches: jax.Array, *, gan: Gan) -> tuple[GanState, Losses]:
+@functools.partial(jax.jit, static_argnames=("gan", "mesh"), donate_argnames="states")
+def step_batches(
+    states: GanState, batches: jax.Array, *, gan: Gan, mesh: Mesh | None = None
+) -> tuple[GanState, Losses]:
     """`step_all` on batches that are given: every seed sees the same ones.
 
     Args:
       states: with a leading axis of seeds, `[s, ...]`; donated.
       batches: images `[discriminator_steps, n, h, w, c]` uint8.
       gan: static.
+      mesh: static; devices among which the batches are divided (`parallel.shard`), and on each of
+        which the states are whole.
     Returns:
       the states and losses, each with the axis of seeds.
     """
     real = batches.astype(jnp.float32) / 127.5 - 1
-    return _each_seed(lambda state: train_step(gan, state, real), states)
+    return _each_seed(lambda state: train_step(gan, state, real, mesh), states, mesh)
 
 
 def _each_seed(
-    one_seed: Callable[[GanState], tuple[GanState, Losses]], states: GanState
+    one_seed: Callable[[GanState], tuple[GanState, Losses]], states: GanState, mesh: Mesh | None
 ) -> tuple[GanState, Losses]:
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" and (mesh is None or mesh.size == 1):
         return jax.vmap(one_seed)(states)
     # A kernel per seed makes grouped convolutions under vmap, for which XLA's CPU backend has no
-    # fast code (python benchmarks/transposed_convolution.py measures it): there the seeds stand one
-    # after the other in the program.
+    # fast code (python benchmarks/transposed_convolution.py measures it), and which its partitioner
+    # does not divide among devices but computes on each: there the seeds stand one after the other
+    # in the program.
     count = jax.tree.leaves(states)[0].shape[0]
     results = [one_seed(take_seed(states, index)) for index in range(count)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return parallel.constrain(stacked, mesh, axis=None)
 
 
 def train(
@@ -307,7 +325,10 @@ def train(
     progress: Callable[[int, Report], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> GanState:
-    """Train `gan` once per seed, all seeds together.
+    """Train `gan` once per seed, all seeds together, on all devices of all processes.
+
+    Every batch is divided among the devices; the result is that of one device up to rounding. Of
+    several processes each calls this with the same arguments.
 
     Args:
       gan: from `dcgan.dcgan`, `wgan_gp.wgan_gp`, ...
@@ -325,9 +346,10 @@ def train(
       should_stop: asked at every look; where it says yes (of several processes: one of them),
         training saves and raises.
     Returns:
-      the states with a leading axis of seeds; `take_seed` picks one.
+      the states with a leading axis of seeds, on one device; `take_seed` picks one.
     Raises:
-      ValueError: if the images do not fit the model, or are fewer than a batch.
+      ValueError: if the images do not fit the model, or are fewer than a batch, or a batch cannot
+        be divided among the processes.
       FloatingPointError: if a loss or a gradient is not finite, naming the step, the learning rate
         and the batch; checkpoints from before remain.
       checkpoints.Preempted: if `should_stop` said so; the same call goes on.
@@ -341,7 +363,7 @@ def train(
         raise ValueError(
             "seeds must not be empty; num_steps, report_every and checkpoint_every must be positive"
         )
-    states = init_seeds(gan, jnp.asarray(seeds, jnp.uint32))
+    states = parallel.replicate(init_seeds(gan, jnp.asarray(seeds, jnp.uint32)), source.mesh)
     step = 0
     if checkpoint_dir is not None:
         restored = checkpoints.restore_latest(checkpoint_dir, source.with_position(states))
@@ -371,13 +393,13 @@ def train(
         losses, since = [], time.perf_counter()
         if progress is not None:
             progress(step, report)
-        stops = should_stop is not None and step < num_steps and _anywhere(should_stop())
+        stops = should_stop is not None and step < num_steps and parallel.anywhere(should_stop())
         if (saves or stops) and checkpoint_dir is not None:
             checkpoints.save(checkpoint_dir, step, source.with_position(states))
         if stops:
             kept = f"kept in {checkpoint_dir}" if checkpoint_dir else "nothing was kept"
             raise checkpoints.Preempted(f"stopped after step {step} of {num_steps}, {kept}")
-    return states
+    return parallel.local(states)
 
 
 class _Array:
@@ -395,11 +417,18 @@ class _Array:
                 "size"
             )
         self._gan, self._images, self._batch_size = gan, images, batch_size
-        self._on_device = jnp.asarray(images)
+        self.mesh = parallel.mesh(batch_size)
+        self._on_device = parallel.replicate(jnp.asarray(images), self.mesh)
 
     def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
         del more
-        return step_all(states, self._on_device, gan=self._gan, batch_size=self._batch_size)
+        return step_all(
+            states,
+            self._on_device,
+            gan=self._gan,
+            batch_size=self._batch_size,
+            mesh=self.mesh,
+        )
 
     def looked(self) -> float:
         return 0.0
@@ -433,7 +462,14 @@ class _Batches:
             raise ValueError(
                 f"the batch size is {batch_size}, but that of the stream is {stream.batch_size}"
             )
+        if stream.rows * jax.process_count() != stream.batch_size:
+            raise ValueError(
+                f"the stream gives {stream.rows} of {stream.batch_size} images to each of "
+                f"{stream.batch_size // stream.rows} processes, there are {jax.process_count()}: "
+                "give it jax.process_index() and jax.process_count()"
+            )
         self._gan, self._stream = gan, stream
+        self.mesh = parallel.mesh(stream.batch_size)
         self._next: jax.Array | None = None
         self._position = stream.position  # before the next batches
         self._positions: list[int] = []  # before each step since the last look
@@ -441,21 +477,27 @@ class _Batches:
         # Learns when a step has ended, without keeping the loop from starting others.
         self._watch = concurrent.futures.ThreadPoolExecutor(1, "flipad-step-ended")
 
-    def _fetch(self) -> np.ndarray:
+    def _read(self) -> np.ndarray:
         return np.stack([next(self._stream) for _ in range(self._gan.discriminator_steps)])
+
+    def _fetch(self) -> jax.Array:
+        batches = self._read()
+        if self.mesh.size == 1:
+            return jnp.asarray(batches)
+        return parallel.shard(batches, self.mesh, axis=1)
 
     def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
         if self._next is None:
             start = time.perf_counter()
-            self._next = jnp.asarray(self._fetch())
+            self._next = self._fetch()
             self._waited += time.perf_counter() - start
         self._positions.append(self._position)
-        states, losses = step_batches(states, self._next, gan=self._gan)
+        states, losses = step_batches(states, self._next, gan=self._gan, mesh=self.mesh)
         ended = self._watch.submit(_when_ready, losses.generator)
         self._position, self._next = self._stream.position, None
         if more:
             start = time.perf_counter()
-            self._next = jnp.asarray(self._fetch())
+            self._next = self._fetch()
             if ended.done():  # else the device has not waited
                 self._waited += time.perf_counter() - max(start, ended.result())
         return states, losses
@@ -467,7 +509,8 @@ class _Batches:
 
     def with_position(self, states: GanState) -> Any:
         # A row per process, as bad records may have carried one of them further than another.
-        return {"states": states, "position_per_process": _of_all(np.asarray(self._position))}
+        position = parallel.gather(np.array([self._position]))
+        return {"states": states, "position_per_process": position}
 
     def at_position(self, saved: Any) -> GanState:
         self._position = int(saved["position_per_process"][jax.process_index()])
@@ -478,27 +521,12 @@ class _Batches:
         """What this process showed in a step, `[discriminator_steps, n, h, w, c]`."""
         del rng, step
         self._stream.position = self._positions[since_look]
-        return self._fetch()
+        return self._read()
 
 
 def _when_ready(array: jax.Array) -> float:
     jax.block_until_ready(array)
     return time.perf_counter()
-
-
-def _of_all(value: np.ndarray) -> np.ndarray:
-    """The value of every process, `[processes, ...]`."""
-    if jax.process_count() == 1:
-        return value[None]
-    from jax.experimental import multihost_utils
-
-    # As bytes: JAX would make 32 bits of 64.
-    gathered = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
-    return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
-
-
-def _anywhere(flag: bool) -> bool:
-    return bool(_of_all(np.asarray(flag)).any())
 
 
 def _diverged(
