@@ -10,12 +10,12 @@ pixels and 7 to 8 kB each, as CelebA has. Prints a JSON line for
 *   reading alone: images per second that come out of `pipeline.stream`, decoded, resized and cut,
     by the number of threads;
 *   training at 64 x 64: the share of the time in which the device had nothing to do because a batch
-    was not there (`training.Report.waiting`), and seconds per step from the stream
-    and from an array on the device. On a CPU the threads that decode and the device share the
-    cores, so the second ratio is what a stream costs there; on an accelerator the first one is.
+    was not there (`training.Report.waiting`), and seconds per step from the stream and from an
+    array on the device. On a CPU the threads that decode and the device share the cores, so the
+    ratio of the two is what a stream costs there; on an accelerator the share of waiting is.
 
-Both are taken after warm-up (compiled, buffers full), and a look at the losses waits for the device.
-The two kinds of training take turns.
+All is taken after warm-up (compiled, buffers full); what is timed ends with a look at the losses,
+which waits for the device. The two kinds of training take turns.
 """
 
 import contextlib

@@ -209,7 +209,13 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         images: np.ndarray | pipeline.Stream
         if config.stream:
-            images = pipeline.stream(config.dataset, batch_size=config.batch_size, **read)
+            images = pipeline.stream(
+                config.dataset,
+                batch_size=config.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                **read,
+            )
             stack.callback(images.close)
             shown = data.load(config.dataset, **{**read, "num_images": _NUM_SHOWN}, exact=False)
         else:

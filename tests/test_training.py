@@ -2,7 +2,13 @@
 
 import functools
 import hashlib
+import os
+import socket
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -14,6 +20,7 @@ from tfds_sets import encoded, grey, prepare, real_features
 from flipad_jax import checkpoints, pipeline
 from flipad_jax.generators import dcgan, training
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (8, 8, 1)
 TINY = dcgan.dcgan(SHAPE, latent_dim=4, features=(6,), discriminator_features=(6,))
 # One model for most tests: what was compiled for it serves them all.
@@ -172,7 +179,7 @@ def test_waiting_is_the_time_in_which_the_device_has_nothing_to_do(
         time.sleep(0.05)
         return next(self._iterator)
 
-    def step(states, batches, *, gan):
+    def step(states, batches, *, gan, mesh):
         nonlocal free_at
         loss = np.zeros(1).view(Pending)
         free_at = loss.ready_at = max(free_at, time.perf_counter()) + busy
@@ -194,6 +201,74 @@ def test_waiting_is_the_time_in_which_the_device_has_nothing_to_do(
         progress=lambda step, report: reports.append(float(report.waiting)),
     )
     assert least <= reports[1] <= most
+
+
+TRAINS = """
+    import sys
+    import jax, numpy as np
+
+    folder, checkpoint_dir, out, port, index, count = sys.argv[1:]
+    index, count = int(index), int(count)
+    from flipad_jax import checkpoints, parallel, pipeline
+    from flipad_jax.generators import dcgan, training
+
+    parallel.initialize(f"127.0.0.1:{port}", count, index)
+    gan = dcgan.dcgan((8, 8, 1), latent_dim=4, features=(6,), discriminator_features=(6,))
+    gan = gan._replace(discriminator_steps=2)
+
+    def run(should_stop):
+        stream = pipeline.stream(
+            "mnist", batch_size=4, image_size=8, data_dir=folder, process_index=index,
+            process_count=count,
+        )
+        states = training.train(
+            gan, stream, seeds=(1, 2), num_steps=6, report_every=2, should_stop=should_stop,
+            checkpoint_dir=checkpoint_dir,
+        )
+        return jax.tree.leaves(states.generator), stream.position
+
+    looks = iter([False, index == count - 1])  # one of them is told
+    try:
+        run(lambda: next(looks))
+        raise AssertionError
+    except checkpoints.Preempted as error:
+        assert "after step 4 of 6" in str(error), error
+    leaves, position = run(lambda: False)
+    np.savez(f"{out}{index}.npz", *leaves, position=position)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_parts_and_stop_after_the_same_step(tmp_path):
+    """What one process makes of the same stream, to rounding, after a stop and a start."""
+    examples = [{"image": encoded(grey(i)), "label": 0} for i in range(30)]
+    splits = {"train": examples, "validation": examples[:1], "test": examples[:1]}
+    prepare(tmp_path, "mnist", real_features("mnist"), splits)
+    found = {}
+    for count in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        out = str(tmp_path / f"{count}-")
+        arguments = [str(tmp_path), str(tmp_path / f"c{count}"), out, port]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(TRAINS), *arguments, str(i), str(count)],
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(count)
+        ]
+        for process in processes:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+        found[count] = [dict(np.load(f"{out}{i}.npz")) for i in range(count)]
+    assert [result.pop("position") for result in found[2]] == [6 * 2 * 2] * 2
+    assert found[1][0].pop("position") == 6 * 2 * 4
+    chex.assert_trees_all_equal(*found[2])
+    chex.assert_trees_all_close(found[2][0], found[1][0], atol=2e-5)
 
 
 # --- numbers that are not finite ------------------------------------------------------------------

@@ -289,7 +289,8 @@ def step_batches(
       batches: images `[discriminator_steps, n, h, w, c]` uint8; divided among the devices along n
         (`parallel.shard`).
       gan: static.
-      mesh: static; as for `step_all`.
+      mesh: static; devices among which the batches are divided (`parallel.shard`), and on each of
+        which the states are whole.
     Returns:
       the states and losses, each with the axis of seeds.
     """
@@ -423,7 +424,11 @@ class _Array:
     def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
         del more
         return step_all(
-            states, self._on_device, gan=self._gan, batch_size=self._batch_size, mesh=self.mesh
+            states,
+            self._on_device,
+            gan=self._gan,
+            batch_size=self._batch_size,
+            mesh=self.mesh,
         )
 
     def looked(self) -> float:
@@ -458,6 +463,12 @@ class _Batches:
             raise ValueError(
                 f"the batch size is {batch_size}, but that of the stream is {stream.batch_size}"
             )
+        if stream.rows * jax.process_count() != stream.batch_size:
+            raise ValueError(
+                f"the stream gives {stream.rows} of {stream.batch_size} images to each of "
+                f"{stream.batch_size // stream.rows} processes, there are {jax.process_count()}: "
+                "give it jax.process_index() and jax.process_count()"
+            )
         self._gan, self._stream = gan, stream
         self.mesh = parallel.mesh(stream.batch_size)
         self._next: jax.Array | None = None
@@ -467,17 +478,19 @@ class _Batches:
         # Learns when a step has ended, without keeping the loop from starting others.
         self._watch = concurrent.futures.ThreadPoolExecutor(1, "flipad-step-ended")
 
-    def _send(self, batches: np.ndarray) -> jax.Array:
-        """Of several processes each sends its own rows."""
-        return jnp.asarray(parallel.shard(batches, self.mesh, axis=1))
-
-    def _fetch(self) -> np.ndarray:
+    def _read(self) -> np.ndarray:
         return np.stack([next(self._stream) for _ in range(self._gan.discriminator_steps)])
+
+    def _fetch(self) -> jax.Array:
+        batches = self._read()
+        if self.mesh.size == 1:
+            return jnp.asarray(batches)
+        return parallel.shard(batches, self.mesh, axis=1)
 
     def step(self, states: GanState, *, more: bool) -> tuple[GanState, Losses]:
         if self._next is None:
             start = time.perf_counter()
-            self._next = self._send(self._fetch())
+            self._next = self._fetch()
             self._waited += time.perf_counter() - start
         self._positions.append(self._position)
         states, losses = step_batches(states, self._next, gan=self._gan, mesh=self.mesh)
@@ -485,7 +498,7 @@ class _Batches:
         self._position, self._next = self._stream.position, None
         if more:
             start = time.perf_counter()
-            self._next = self._send(self._fetch())
+            self._next = self._fetch()
             if ended.done():  # else the device has not waited
                 self._waited += time.perf_counter() - max(start, ended.result())
         return states, losses
@@ -497,10 +510,8 @@ class _Batches:
 
     def with_position(self, states: GanState) -> Any:
         # A row per process, as bad records may have carried one of them further than another.
-        return {
-            "states": states,
-            "position_per_process": parallel.gather(np.array([self._position])),
-        }
+        position = parallel.gather(np.array([self._position]))
+        return {"states": states, "position_per_process": position}
 
     def at_position(self, saved: Any) -> GanState:
         self._position = int(saved["position_per_process"][jax.process_index()])
@@ -511,7 +522,7 @@ class _Batches:
         """What this process showed in a step, `[discriminator_steps, n, h, w, c]`."""
         del rng, step
         self._stream.position = self._positions[since_look]
-        return self._fetch()
+        return self._read()
 
 
 def _when_ready(array: jax.Array) -> float:
