@@ -90,30 +90,31 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         record.note(f"{kept} of {len(mine)} shards are complete and kept")
     num_left = sum(len(output.records(shard)) for shard in left)
     clock, start = Clock(), time.monotonic()
-    with record.progress(num_left, f"scoring {num_left} records") as bar:
-        if config.cluster and left:
-            cluster.score_on_cluster(
-                config.cluster,
-                where,
-                output,
-                config.attributor,
-                left,
-                num_actors=config.num_actors,
-                should_stop=record.should_stop,
-                progress=bar.update,
-            )
-        else:
-            corpora.score_shards(
-                attributor,
-                source,
-                output,
-                left,
-                should_stop=record.should_stop,
-                progress=bar.update,
-                clock=clock,
-            )
+    if left:
+        with record.progress(num_left, f"scoring {num_left} records") as bar:
+            if config.cluster:
+                cluster.score_on_cluster(
+                    config.cluster,
+                    where,
+                    output,
+                    config.attributor,
+                    left,
+                    num_actors=config.num_actors,
+                    should_stop=record.should_stop,
+                    progress=bar.update,
+                )
+            else:
+                corpora.score_shards(
+                    attributor,
+                    source,
+                    output,
+                    left,
+                    should_stop=record.should_stop,
+                    progress=bar.update,
+                    clock=clock,
+                )
     seconds = time.monotonic() - start
-    corpora.finish(output, should_stop=record.should_stop)
+    corpora.finish(output, should_stop=record.should_stop, write=process == 0)
     findings = corpora.collect(output)
     metrics = {
         "attributor_sha256": output.attributor_sha256,

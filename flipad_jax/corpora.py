@@ -28,9 +28,10 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ _MANIFEST = "manifest.json"
 _SAMPLE = 20_000  # scores of a whole corpus, at most, that a histogram is drawn of
 _EXAMPLES = 12  # rows of every verdict that are remembered
 _THREADS = 4  # that decode
+_AHEAD_BYTES = 2**28  # of images that wait for being scored
 _POLL_SECONDS = 1.0
 
 
@@ -258,8 +260,11 @@ def _scored(
     loading: collections.deque[Future[tuple[range, list[Decoded]]]] = collections.deque()
     with data.decoding(), ThreadPoolExecutor(_THREADS, "decoding") as pool:
         try:
-            # One more than there are threads: none is idle while a block is being scored.
-            for block in itertools.islice(rest, _THREADS + 1):
+            # One more than there are threads: none is idle while a block is being scored. Fewer
+            # where a block is large.
+            largest = attributor.config.batch_size * math.prod(shape)
+            ahead = max(1, min(_THREADS + 1, _AHEAD_BYTES // largest))
+            for block in itertools.islice(rest, ahead):
                 loading.append(pool.submit(load, block))
             while loading:
                 start = time.monotonic()
@@ -359,7 +364,7 @@ def open_output(
     if path.exists():
         _check_manifest(path, output)
     elif write:
-        _write_manifest(output, complete=False)
+        _write_manifest(output, _manifest(output, complete=False))
     return output
 
 
@@ -389,18 +394,19 @@ def _check_manifest(path: Path, output: Output) -> None:
     )
 
 
-def _write_manifest(output: Output, *, complete: bool, **rest: Any) -> dict[str, Any]:
-    manifest = {
+def _manifest(output: Output, *, complete: bool, shards: Sequence[Any] = ()) -> dict[str, Any]:
+    return {
         **output.facts(),
         "columns": COLUMNS,
         "flipad_jax": flipad_jax.__version__,
         "complete": complete,
-        **rest,
+        "shards": shards,
     }
-    files.write_atomically(
-        output.folder / _MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode()
-    )
-    return manifest
+
+
+def _write_manifest(output: Output, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1) + "\n"
+    files.write_atomically(output.folder / _MANIFEST, text.encode())
 
 
 def _write_shard(output: Output, shard: int, rows: list[Row], unconverged: int) -> None:
@@ -473,7 +479,9 @@ def _receipt(output: Output, shard: int, *, verify: bool = True) -> dict[str, An
         return None
 
 
-def finish(output: Output, *, should_stop: Callable[[], bool] | None = None) -> dict[str, Any]:
+def finish(
+    output: Output, *, should_stop: Callable[[], bool] | None = None, write: bool = True
+) -> dict[str, Any]:
     """Writes the complete manifest, once all shards are there.
 
     Waits for shards that other processes are at: as long as these live, they will come.
@@ -481,6 +489,7 @@ def finish(output: Output, *, should_stop: Callable[[], bool] | None = None) -> 
     Args:
       output: from `open_output`.
       should_stop: asked while it waits.
+      write: whether to write it; one of several processes does.
     Returns:
       The manifest: the facts, `complete`, and `shards`: per shard file, first_record, rows, sha256
       and the counts of verdicts, doubts and unconverged inversions.
@@ -499,7 +508,10 @@ def finish(output: Output, *, should_stop: Callable[[], bool] | None = None) -> 
         shards.append(
             {k: v for k, v in receipt.items() if k not in ("output", "sample", "examples")}
         )
-    return _write_manifest(output, complete=True, shards=shards)
+    manifest = _manifest(output, complete=True, shards=shards)
+    if write:
+        _write_manifest(output, manifest)
+    return manifest
 
 
 def _known(output: Output, shard: int) -> dict[str, Any]:

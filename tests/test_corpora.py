@@ -421,6 +421,8 @@ def test_processes_share_the_shards(scored, attributor, bundle, tmp_path):
         mine = range(shared.num_shards)[process::2]
         assert corpora.missing(shared, mine) == list(mine)
         corpora.score_shards(attributor, source, shared, mine)
+    corpora.finish(shared, write=False)
+    assert not json.loads((shared.folder / "manifest.json").read_text())["complete"]
     corpora.finish(shared)
     assert contents(shared.folder) == contents(output.folder)
 
