@@ -691,7 +691,7 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def decode(
+def decode(  # noqa: DOC501 (what it raises it catches)
     file: str | bytes, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray | None, str | None]:
     """`decode_image` for many threads, also of files that are in memory; see `decoding`.

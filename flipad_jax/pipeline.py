@@ -50,6 +50,9 @@ class Stream:
       batch_size: images per batch, of all processes together.
       rows: images per batch of this process.
       num_records: records of the split, bad ones too: those of an epoch.
+
+    Raises:
+      ValueError: for a split without a usable image.
     """
 
     def __init__(
