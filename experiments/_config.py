@@ -739,6 +739,11 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
         except _stopping.Stopped as error:
             _say_end("stopped by SIGTERM", error)
             return _stopping.EXIT_CODE
+        except SystemExit as error:  # Libraries with a handler of their own (Ray) end so.
+            if not _stopping.came():
+                raise
+            _say_end("stopped by SIGTERM", error)
+            return _stopping.EXIT_CODE
         except BrokenPipeError:  # The reader of our output, `head` say, has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -756,7 +761,7 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
                     traceback.print_exc()
                 print(f"error: {_say_error(error)}", file=sys.stderr)
                 return 2
-            if _stopping.asked():  # Workers that the scheduler stopped as well, say.
+            if _stopping.came():  # Workers that the scheduler stopped as well, say.
                 traceback.print_exc()
                 _say_end("stopped by SIGTERM", error)
                 return _stopping.EXIT_CODE

@@ -542,6 +542,18 @@ def test_workers_that_die_of_sigterm_as_well_are_no_error_of_ours(toy, demo, mon
     assert "a worker is gone" in error and "go on with" in error.splitlines()[-1]
 
 
+def test_a_library_that_takes_the_signal_for_itself_is_no_obstacle(toy, demo, monkeypatch, capsys):
+    def run(config, record):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(demo, "run", run)
+    assert command(toy) == 143
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM; go on with")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 # The disk.
 
 
