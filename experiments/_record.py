@@ -243,11 +243,15 @@ class Run:
 
         For loops that run in step, as training does: all processes must ask equally often.
         """
+        return self._any(self.should_stop())
+
+    def _any(self, what: bool) -> bool:
+        """Whether it holds in any process."""
         if self._num_processes == 1:
-            return self.should_stop()
+            return what
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(np.array(self.should_stop())).any())
+        return bool(multihost_utils.process_allgather(np.array(what)).any())
 
     def need_room(
         self, num_bytes: float = 0, what: str = "results", folder: Path | None = None
@@ -503,11 +507,20 @@ class Kept:
         return arrays
 
     def restore(self, name: str, like: Any) -> Any | None:
-        """The newest state that was saved under this name, or None."""
+        """The newest state that was saved under this name, or None; of NumPy arrays in a run of
+        several processes."""
         from flipad_jax import checkpoints
 
-        found = checkpoints.restore_latest(self._checkpoints / name, like)
+        found = checkpoints.restore_latest(self._checkpoints / name, self._common_to_all(like))
         return None if found is None else found[1]
+
+    def _common_to_all(self, state: Any) -> Any:
+        # Orbax writes no array that is one process's own; NumPy's it writes in process 0.
+        if self._run._num_processes == 1:
+            return state
+        import jax
+
+        return jax.tree.map(np.asarray, state)
 
     def save(self, name: str, step: int, state: Any) -> None:
         """Keep a state, if it is time to.
@@ -518,8 +531,8 @@ class Kept:
         from flipad_jax import checkpoints
 
         stops = self._run.should_stop_together()
-        if self._is_due(stops):
-            checkpoints.save(self._checkpoints / name, step, state)
+        if self._run._any(self._is_due(stops)):
+            checkpoints.save(self._checkpoints / name, step, self._common_to_all(state))
             self._written = time.monotonic()
         self._end_if(stops)
 
