@@ -13,7 +13,8 @@ moment leaves either the old file or the new one.
 A run of several processes (`parallel.initialize`) is one program in all of them and one record:
 process 0 writes it, and what it finds in the workdir the others are told, so that all decide alike.
 These get a scratch folder as their `workdir`, which vanishes with them; they say nothing. Only
-`checkpoints` is the same folder for all, on a file system that all see, as Orbax wants it.
+`checkpoints`, which Orbax writes, and `common` are the same folder for all, on a file system that
+all see.
 """
 
 import contextlib
@@ -200,6 +201,7 @@ class Run:
     Attributes:
       workdir: absolute path of the folder that holds everything; where this is not process 0 of
         several, a scratch folder.
+      common: the workdir in all processes; for what each writes a part of.
       shown: the workdir as the user wrote it, for messages.
       started: when the first process of this run began (a resumed run keeps the time).
       seconds: seconds per stage, of the process that computed it.
@@ -209,7 +211,7 @@ class Run:
     def __init__(self, workdir: str | os.PathLike[str], flags: Mapping[str, str], commit: Any):
         """Enter a workdir; use `open_workdir`, which checks first whose it is."""
         self.shown = str(workdir)
-        self.workdir = self._common = Path(workdir).expanduser().absolute()
+        self.workdir = self.common = Path(workdir).expanduser().absolute()
         self._num_processes, self._is_main = _processes()
         self.started = now()
         self.seconds: dict[str, float] = {}
@@ -227,7 +229,7 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder for checkpoints (absolute, as Orbax wants it), made when asked for; the same in
         all processes."""
-        return self._folder(self._common / "checkpoints")
+        return self._folder(self.common / "checkpoints")
 
     def _folder(self, path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
@@ -235,23 +237,9 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether SIGTERM came to this process: for loops that then save and raise
-        `checkpoints.Preempted`."""
+        `checkpoints.Preempted`; those that run in step in several processes ask
+        `parallel.anywhere(should_stop())`."""
         return _stopping.asked()
-
-    def should_stop_together(self) -> bool:
-        """Whether SIGTERM came to any process, the same answer in all.
-
-        For loops that run in step, as training does: all processes must ask equally often.
-        """
-        return self._any(self.should_stop())
-
-    def _any(self, what: bool) -> bool:
-        """Whether it holds in any process."""
-        if self._num_processes == 1:
-            return what
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.array(what)).any())
 
     def need_room(
         self, num_bytes: float = 0, what: str = "results", folder: Path | None = None
@@ -472,7 +460,7 @@ class Kept:
     def __init__(self, run: Run, name: str) -> None:
         self._run = run
         self._folder = run.workdir / "parts" / name
-        self._checkpoints = run._common / "parts" / name
+        self._checkpoints = run.common / "parts" / name
         self._written = time.monotonic()
 
     def _is_due(self, stops: bool) -> bool:
@@ -490,9 +478,9 @@ class Kept:
         loaded = self._run._of_main(self._run._load(path))
         if loaded is not None:
             return loaded[0]
-        self._end_if(self._run.should_stop_together())
+        self._end_if(_anywhere(self._run.should_stop()))
         arrays = {key: _checked(name, key, value) for key, value in compute().items()}
-        stops = self._run.should_stop_together()
+        stops = _anywhere(self._run.should_stop())
         if self._is_due(stops) and self._run._is_main:
             meta: dict[str, Any] = {
                 "seconds": 0,
@@ -530,8 +518,8 @@ class Kept:
         """
         from flipad_jax import checkpoints
 
-        stops = self._run.should_stop_together()
-        if self._run._any(self._is_due(stops)):
+        stops = _anywhere(self._run.should_stop())
+        if _anywhere(self._is_due(stops)):
             checkpoints.save(self._checkpoints / name, step, self._common_to_all(state))
             self._written = time.monotonic()
         self._end_if(stops)
@@ -562,6 +550,12 @@ def _processes() -> tuple[int, bool]:
     from flipad_jax import parallel
 
     return (jax.process_count() if jax.distributed.is_initialized() else 1), parallel.is_main()
+
+
+def _anywhere(flag: bool) -> bool:
+    from flipad_jax import parallel
+
+    return parallel.anywhere(flag)
 
 
 def _broadcast(content: bytes) -> bytes:

@@ -1,8 +1,9 @@
 """Several processes as one program."""
 
 import jax
+import numpy as np
 
-__all__ = ["initialize", "is_main"]
+__all__ = ["anywhere", "initialize", "is_main"]
 
 
 def initialize(
@@ -17,6 +18,8 @@ def initialize(
       num_processes: how many there are.
       process_id: which one this is.
     """
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
     if not jax.distributed.is_initialized():
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
@@ -24,3 +27,12 @@ def initialize(
 def is_main() -> bool:
     """Whether this is process 0, the one that writes."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all must call it equally often."""
+    if not jax.distributed.is_initialized():
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())

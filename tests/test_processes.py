@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from experiments._config import setting
-from flipad_jax import checkpoints
+from flipad_jax import checkpoints, parallel
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -41,10 +41,11 @@ def run(config, record):
     first = record.stage("first", compute)
     record.log_metrics(step=1, value=float(first["sum"]))
     (record.figures / "figure.png").write_bytes(b"picture")
+    (record.common / f"part{jax.process_index()}").write_text("")
     record.say("said")
     if config.waits:
         record.note("waiting")
-        while not record.should_stop_together():
+        while not parallel.anywhere(record.should_stop()):
             time.sleep(0.05)
         raise checkpoints.Preempted
     kept = record.kept("loop")
@@ -133,6 +134,8 @@ def test_process_0_writes_the_record_and_both_decide_alike(folder):
         "figures",
         "figures/figure.png",
         "metrics.jsonl",
+        "part0",
+        "part1",
         "results.json",
         "stages",
         "stages/first.npz",
