@@ -22,7 +22,7 @@ import pytest
 from absl import flags
 
 from experiments import _config, _record, _stopping
-from flipad_jax import checkpoints
+from flipad_jax import checkpoints, parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -234,6 +234,14 @@ def test_an_experiment_that_runs_anew_runs_in_one_process(toy, demo, capsys, mon
     monkeypatch.setattr(demo, "CHANGEABLE", (), raising=False)
     assert command(toy, "--coordinator_address=localhost:1") == 2
     assert "--experiment=demo runs in one process" in one_error(capsys)
+    joined = []
+    monkeypatch.setattr(parallel, "initialize", lambda *where: joined.append(where))
+    monkeypatch.setattr(demo, "TOGETHER", True, raising=False)
+    place = ("--num_processes=2", "--process_id=1")
+    assert command(toy, "--coordinator_address=localhost:1", *place) == 0
+    assert command(toy, "--coordinator_address=auto") == 0
+    assert command(toy) == 0
+    assert joined == [("localhost:1", 2, 1), (None, None, None)]
 
 
 @pytest.fixture
