@@ -18,6 +18,8 @@ An experiment is a module of this package whose name does not start with an unde
     CHANGEABLE = ("fnr",)   # optional: every start runs anew, on what the workdir keeps, and
                             # these settings may differ from those of the last start; the others
                             # are remembered where --workdir is given
+    TOGETHER = True         # optional: several processes can run it, though it has CHANGEABLE: it
+                            # keeps nothing but in record.common, and decides alike in all
     PRECIOUS = "keys.json"  # optional: a workdir with this file is never overwritten
 
 How a command ends is in `EXIT_CODES`, and --help shows it.
@@ -636,16 +638,12 @@ def _join(values: flags.FlagValues, module: types.ModuleType) -> None:
     address = values.coordinator_address
     if address is None:
         return
-    if getattr(module, "CHANGEABLE", None) is not None:
+    if getattr(module, "CHANGEABLE", None) is not None and not getattr(module, "TOGETHER", False):
         raise UsageError(
             f"--experiment={values.experiment} runs in one process: leave out --coordinator_address"
         )
-    import jax
-
     from flipad_jax import parallel
 
-    # It would take SIGTERM for itself.
-    jax.config.update("jax_enable_preemption_service", False)
     parallel.initialize(
         None if address == "auto" else address, values.num_processes, values.process_id
     )
@@ -750,6 +748,11 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
         except _stopping.Stopped as error:
             _say_end("stopped by SIGTERM", error)
             return _stopping.EXIT_CODE
+        except SystemExit as error:  # Libraries with a handler of their own (Ray) end so.
+            if not _stopping.came():
+                raise
+            _say_end("stopped by SIGTERM", error)
+            return _stopping.EXIT_CODE
         except BrokenPipeError:  # The reader of our output, `head` say, has seen enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -767,7 +770,7 @@ def main(argv: Sequence[str], *, package: str = _PACKAGE) -> int:
                     traceback.print_exc()
                 print(f"error: {_say_error(error)}{_flagfiles(argv)}", file=sys.stderr)
                 return 2
-            if _stopping.asked():  # Workers that the scheduler stopped as well, say.
+            if _stopping.came():  # Workers that the scheduler stopped as well, say.
                 traceback.print_exc()
                 _say_end("stopped by SIGTERM", error)
                 return _stopping.EXIT_CODE

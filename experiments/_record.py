@@ -13,7 +13,8 @@ moment leaves either the old file or the new one.
 A run of several processes (`parallel.initialize`) is one program in all of them and one record:
 process 0 writes it, and what it finds in the workdir the others are told, so that all decide alike.
 These get a scratch folder as their `workdir`, which vanishes with them; they say nothing. Only
-`checkpoints` is the same folder for all, on a file system that all see, as Orbax wants it.
+`checkpoints`, which Orbax writes, and `common` are the same folder for all, on a file system that
+all see.
 """
 
 import contextlib
@@ -199,6 +200,7 @@ class Run:
     Attributes:
       workdir: absolute path of the folder that holds everything; where this is not process 0 of
         several, a scratch folder.
+      common: the workdir in all processes; for what each writes a part of.
       shown: the workdir as the user wrote it, for messages.
       started: when the first process of this run began (a resumed run keeps the time).
       seconds: seconds per stage, of the process that computed it.
@@ -208,7 +210,7 @@ class Run:
     def __init__(self, workdir: str | os.PathLike[str], flags: Mapping[str, str], commit: Any):
         """Enter a workdir; use `open_workdir`, which checks first whose it is."""
         self.shown = str(workdir)
-        self.workdir = self._common = Path(workdir).expanduser().absolute()
+        self.workdir = self.common = Path(workdir).expanduser().absolute()
         self._num_processes, self._is_main = _processes()
         self.started = now()
         self.seconds: dict[str, float] = {}
@@ -226,7 +228,7 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder for checkpoints (absolute, as Orbax wants it), made when asked for; the same in
         all processes."""
-        return self._folder(self._common / "checkpoints")
+        return self._folder(self.common / "checkpoints")
 
     def _folder(self, path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
@@ -234,19 +236,9 @@ class Run:
 
     def should_stop(self) -> bool:
         """Whether SIGTERM came to this process: for loops that then save and raise
-        `checkpoints.Preempted`."""
+        `checkpoints.Preempted`; those that run in step in several processes ask
+        `parallel.anywhere(should_stop())`."""
         return _stopping.asked()
-
-    def should_stop_together(self) -> bool:
-        """Whether SIGTERM came to any process, the same answer in all.
-
-        For loops that run in step, as training does: all processes must ask equally often.
-        """
-        if self._num_processes == 1:
-            return self.should_stop()
-        from flipad_jax import parallel  # Here, so that a record can be read without JAX.
-
-        return parallel.anywhere(self.should_stop())
 
     def need_room(
         self, num_bytes: float = 0, what: str = "results", folder: Path | None = None
@@ -466,7 +458,7 @@ class Kept:
     def __init__(self, run: Run, name: str) -> None:
         self._run = run
         self._folder = run.workdir / "parts" / name
-        self._checkpoints = run._common / "parts" / name
+        self._checkpoints = run.common / "parts" / name
         self._written = time.monotonic()
 
     def _is_due(self, stops: bool) -> bool:
@@ -484,9 +476,9 @@ class Kept:
         loaded = self._run._of_main(self._run._load(path))
         if loaded is not None:
             return loaded[0]
-        self._end_if(self._run.should_stop_together())
+        self._end_if(_anywhere(self._run.should_stop()))
         arrays = {key: _checked(name, key, value) for key, value in compute().items()}
-        stops = self._run.should_stop_together()
+        stops = _anywhere(self._run.should_stop())
         if self._is_due(stops) and self._run._is_main:
             meta: dict[str, Any] = {
                 "seconds": 0,
@@ -501,11 +493,20 @@ class Kept:
         return arrays
 
     def restore(self, name: str, like: Any) -> Any | None:
-        """The newest state that was saved under this name, or None."""
+        """The newest state that was saved under this name, or None; of NumPy arrays in a run of
+        several processes."""
         from flipad_jax import checkpoints
 
-        found = checkpoints.restore_latest(self._checkpoints / name, like)
+        found = checkpoints.restore_latest(self._checkpoints / name, self._common_to_all(like))
         return None if found is None else found[1]
+
+    def _common_to_all(self, state: Any) -> Any:
+        # Orbax writes no array that is one process's own; NumPy's it writes in process 0.
+        if self._run._num_processes == 1:
+            return state
+        import jax
+
+        return jax.tree.map(np.asarray, state)
 
     def save(self, name: str, step: int, state: Any) -> None:
         """Keep a state, if it is time to.
@@ -515,9 +516,9 @@ class Kept:
         """
         from flipad_jax import checkpoints
 
-        stops = self._run.should_stop_together()
-        if self._is_due(stops):
-            checkpoints.save(self._checkpoints / name, step, state)
+        stops = _anywhere(self._run.should_stop())
+        if _anywhere(self._is_due(stops)):
+            checkpoints.save(self._checkpoints / name, step, self._common_to_all(state))
             self._written = time.monotonic()
         self._end_if(stops)
 
@@ -547,6 +548,12 @@ def _processes() -> tuple[int, bool]:
     from flipad_jax import parallel
 
     return (jax.process_count() if jax.distributed.is_initialized() else 1), parallel.is_main()
+
+
+def _anywhere(flag: bool) -> bool:
+    from flipad_jax import parallel
+
+    return parallel.anywhere(flag)
 
 
 def _broadcast(content: bytes) -> bytes:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["EXIT_CODE", "Stopped", "asked", "check", "held", "listening"]
+__all__ = ["EXIT_CODE", "Stopped", "asked", "came", "check", "held", "listening"]
 
 PATIENCE = 20.0  # seconds that a loop gets to come to its next question
 _RECENT = 60.0  # seconds for which a question says that there is such a loop
@@ -55,6 +55,15 @@ def asked() -> bool:
     _signal.last_question = time.monotonic()
     if _signal.came and threading.current_thread() is threading.main_thread():
         signal.setitimer(signal.ITIMER_REAL, _SAVING, PATIENCE)
+    return _signal.came
+
+
+def came() -> bool:
+    """Whether SIGTERM came, of an error that may come of it: the thread may have to read it yet."""
+    for _ in range(10):
+        if _signal.came:
+            break
+        time.sleep(0.01)
     return _signal.came
 
 

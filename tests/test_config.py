@@ -22,7 +22,7 @@ import pytest
 from absl import flags
 
 from experiments import _config, _record, _stopping
-from flipad_jax import checkpoints
+from flipad_jax import checkpoints, parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -234,6 +234,14 @@ def test_an_experiment_that_runs_anew_runs_in_one_process(toy, demo, capsys, mon
     monkeypatch.setattr(demo, "CHANGEABLE", (), raising=False)
     assert command(toy, "--coordinator_address=localhost:1") == 2
     assert "--experiment=demo runs in one process" in one_error(capsys)
+    joined = []
+    monkeypatch.setattr(parallel, "initialize", lambda *where: joined.append(where))
+    monkeypatch.setattr(demo, "TOGETHER", True, raising=False)
+    place = ("--num_processes=2", "--process_id=1")
+    assert command(toy, "--coordinator_address=localhost:1", *place) == 0
+    assert command(toy, "--coordinator_address=auto") == 0
+    assert command(toy) == 0
+    assert joined == [("localhost:1", 2, 1), (None, None, None)]
 
 
 @pytest.fixture
@@ -540,6 +548,18 @@ def test_workers_that_die_of_sigterm_as_well_are_no_error_of_ours(toy, demo, mon
     assert command(toy) == 143
     error = capsys.readouterr().err
     assert "a worker is gone" in error and "go on with" in error.splitlines()[-1]
+
+
+def test_a_library_that_takes_the_signal_for_itself_is_no_obstacle(toy, demo, monkeypatch, capsys):
+    def run(config, record):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(demo, "run", run)
+    assert command(toy) == 143
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM; go on with")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # The disk.

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from experiments._config import setting
-from flipad_jax import checkpoints
+from flipad_jax import checkpoints, parallel
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -41,12 +41,20 @@ def run(config, record):
     first = record.stage("first", compute)
     record.log_metrics(step=1, value=float(first["sum"]))
     (record.figures / "figure.png").write_bytes(b"picture")
+    (record.common / f"part{jax.process_index()}").write_text("")
     record.say("said")
     if config.waits:
         record.note("waiting")
-        while not record.should_stop_together():
+        while not parallel.anywhere(record.should_stop()):
             time.sleep(0.05)
         raise checkpoints.Preempted
+    kept = record.kept("loop")
+    like = {"x": jax.numpy.zeros(3)}
+    state = kept.restore("state", like)
+    record.note(f"state {None if state is None else state['x'].tolist()}")
+    if state is None:
+        kept._written = 0.0 if jax.process_index() else time.monotonic()  # due in one of them
+        kept.save("state", 1, {"x": jax.numpy.arange(3.0)})
     if config.breaks and not (record.checkpoints / "broken").exists():
         multihost_utils.sync_global_devices("both have looked")
         if jax.process_index() == 0:
@@ -103,10 +111,12 @@ def ends(processes):
 
 def test_process_0_writes_the_record_and_both_decide_alike(folder):
     # The run breaks off after its first stage: the next start loads it in both.
-    (code, _, error), (code_1, _, _) = ends(start(folder, "--breaks"))
-    assert code == code_1 == 2 and "broken off" in error
+    (code, _, error), (code_1, _, error_1) = ends(start(folder, "--breaks"))
+    assert code == code_1 == 2 and "broken off" in error, error + error_1
+    assert "state None" in error
     (code, out, error), (code_1, out_1, error_1) = ends(start(folder, "--breaks"))
     assert (code, code_1) == (0, 0), error + error_1
+    assert "state [0.0, 1.0, 2.0]" in error
     assert "TABLE 6.0" in out and "said" in out and "kept from an earlier start" in error
     # What JAX itself prints of its connections is not ours.
     assert "said" not in out_1 and "TABLE" not in out_1 and "first" not in error_1
@@ -124,6 +134,8 @@ def test_process_0_writes_the_record_and_both_decide_alike(folder):
         "figures",
         "figures/figure.png",
         "metrics.jsonl",
+        "part0",
+        "part1",
         "results.json",
         "stages",
         "stages/first.npz",

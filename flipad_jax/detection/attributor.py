@@ -252,7 +252,8 @@ class Kept(Protocol):
         """The arrays that `compute` returns, or that it returned when it was called before."""
 
     def restore(self, name: str, like: Any) -> Any | None:
-        """The state that was saved last, a tree of arrays such as `like`; None if there is none."""
+        """The state that was saved last, a tree of arrays (NumPy's will do) such as `like`; None
+        if there is none."""
 
     def save(self, name: str, step: int, state: Any) -> None:
         """A state that the work could go on from, after so many steps; it need not be written."""
@@ -418,9 +419,10 @@ def _deepsad_detector(raw, in_parts, own_images, real_images, rng, config, progr
         progress("training DeepSAD, epochs", int(state.epoch), settings.epochs)
         kept.save("deepsad", int(state.epoch), state)
 
-    model, _ = deepsad.fit(
-        rng, own, real, settings, state=kept.restore("deepsad", like), progress=after_epoch
-    )
+    state = kept.restore("deepsad", like)
+    if state is not None:
+        state = jax.tree.map(jnp.asarray, state)
+    model, _ = deepsad.fit(rng, own, real, settings, state=state, progress=after_epoch)
     fitted = dataclasses.replace(scale, config=chosen, input_shape=tuple(raw_shape))
     return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
 
