@@ -25,6 +25,7 @@ _PUBLIC = {
     "linops": "flipad_jax.inversion.linops",
     "load": "flipad_jax.detection.bundle",
     "mean_activation": "flipad_jax.inversion.final_layer",
+    "parallel": "flipad_jax.parallel",
     "perturbations": "flipad_jax.perturbations",
     "save": "flipad_jax.detection.bundle",
     "score": "flipad_jax.detection.attributor",
@@ -35,7 +36,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from flipad_jax import data, perturbations
+    from flipad_jax import data, parallel, perturbations
     from flipad_jax.detection.attributor import (
         Attributor,
         AttributorConfig,
