@@ -177,7 +177,7 @@ def test_training_calls_what_is_planned(monkeypatch):
     gan = dcgan((8, 8, 1), latent_dim=4, features=(4,))
     calls = []
 
-    def step_all(states, images, **static):
+    def step_all(states, images, *, mesh, **static):
         calls.append((shapes((states, images)), static))
         return states, training.Losses(np.zeros(1), np.zeros(1))
 
