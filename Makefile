@@ -1,7 +1,8 @@
-# make run | test | lint: each makes what it needs in .venv and is quick when nothing changed.
+# make run | test | coverage | lint: each makes what it needs in .venv and is quick when nothing changed.
 #   make run ARGS="--preset=smoke"       arguments for run.py
 #   make test ARGS="-k lasso"            arguments for pytest
 #   make test ARGS="-m slow"             the slow tests, which are left out otherwise
+#   make coverage ARGS='-m ""'           over all tests, with slow ones
 #   make test PYTHON=python3.12          the interpreter that .venv is made with
 
 PYTHON ?= python3
@@ -24,13 +25,16 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: run test lint clean help
+.PHONY: run test coverage lint clean help
 
 run: $(STAMP)  ## Attribute images with the default experiment
 	@$(PY) run.py $(ARGS)
 
 test: $(STAMP)  ## Run the tests
 	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+coverage: $(STAMP)  ## Run the tests and tell which lines no test reaches (build/coverage)
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-report=html $(ARGS)
 
 lint: $(STAMP)  ## Check format, imports, style, docstrings and types
 	@$(PY) -m black --quiet --check --diff --line-length 100 flipad_jax experiments tests benchmarks run.py
@@ -40,7 +44,7 @@ lint: $(STAMP)  ## Check format, imports, style, docstrings and types
 	@$(PY) -m mypy
 
 clean:  ## Remove .venv and caches; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	@find flipad_jax experiments tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## Show this

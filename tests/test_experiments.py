@@ -27,6 +27,7 @@ def demo(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_promises(demo, capsys):
     results = json.loads((demo / "results.json").read_text())
     rivals = {"real", "digits_dcgan_1", "digits_dcgan_2", "digits_wgan_gp_0"}
@@ -45,6 +46,7 @@ def test_demo_writes_what_it_promises(demo, capsys):
     assert not re.search(r"(src|href)=\"http", page)
 
 
+@pytest.mark.slow
 def test_demo_judges_a_folder(demo):
     with (demo / "verdicts.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -57,6 +59,7 @@ def test_demo_judges_a_folder(demo):
     np.testing.assert_allclose(found.score[0], float(row["score"]), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_anew_by_its_record(tmp_path, monkeypatch):
     name = "digits_dcgan_1"
     entry = {**zoo.record(name), "num_steps": 1, "batch_size": 4}
@@ -68,6 +71,7 @@ def test_a_model_is_trained_anew_by_its_record(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(first.variables, again.variables)
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(demo, capsys, monkeypatch):
     monkeypatch.setattr("experiments.demo.run", lambda *_: pytest.fail("computed again"))
     assert run(demo, "--preset=smoke") == 0
@@ -75,6 +79,7 @@ def test_a_second_run_computes_nothing(demo, capsys, monkeypatch):
     assert "is complete" in out and "one-class" in out
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(demo, capsys):
     assert run(demo, "--preset=smoke", "--seed=1") == 2
     error = capsys.readouterr().err

@@ -456,6 +456,10 @@ def test_reverse_mode_only_regenerates_as_well():
     found = regeneration.regenerate(generator, images, RNG, CONFIG)
     assert found.proved.all()
     np.testing.assert_allclose(found.latent, z, atol=0.05)
+
+
+@pytest.mark.slow
+def test_an_lsgan_is_regenerated_too():
     images = sampling.generate(LSGAN, jax.random.key(5), 4)
     found = regeneration.regenerate(LSGAN, images, RNG, CONFIG)
     assert found.proved.all()
