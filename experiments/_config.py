@@ -687,6 +687,7 @@ def _profiled(folder: str | None) -> Iterator[None]:
     if not parallel.is_main():
         yield
         return
+    Path(folder).mkdir(parents=True, exist_ok=True)  # Refused before and not after the work.
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every call of a Python function: ten times the size
     jax.profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=options)

@@ -93,7 +93,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def out_of_room(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is that nothing more can be written."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -240,32 +240,27 @@ class Run:
         `parallel.anywhere(should_stop())`."""
         return _stopping.asked()
 
-    def need_room(
-        self, num_bytes: float = 0, what: str = "results", folder: Path | None = None
-    ) -> None:
+    def need_room(self, num_bytes: float = 0, what: str = "results") -> None:
         """Refuse to begin what cannot be written, or what the file system has no room for.
 
         Args:
           num_bytes: that will be written, beside what every run writes.
           what: they are.
-          folder: where; the workdir by default.
 
         Raises:
           UsageError: naming the folder, what is free and what is needed.
         """
-        folder = folder or self.workdir
-        trial = folder / f".trial.{os.getpid()}.partial"
+        trial = self.workdir / f".trial.{os.getpid()}.partial"
         with _refused_writes(self):
             try:
                 trial.write_bytes(bytes(4096))
             finally:
                 trial.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(self.workdir).free
         if free < num_bytes + _ROOM:
-            shown = f"--workdir={self.shown}" if folder == self.workdir else str(folder)
             raise UsageError(
-                f"{shown} has {_mebibytes(free)} free, {what} and what else is written take "
-                f"{_mebibytes(num_bytes + _ROOM)}: make room, or give another folder"
+                f"--workdir={self.shown} has {_mebibytes(free)} free, {what} and what else is "
+                f"written take {_mebibytes(num_bytes + _ROOM)}: make room, or give another folder"
             )
 
     def say(self, text: str) -> None:
@@ -460,6 +455,7 @@ class Kept:
         self._folder = run.workdir / "parts" / name
         self._checkpoints = run.common / "parts" / name
         self._written = time.monotonic()
+        self._is_warned = False
 
     def _is_due(self, stops: bool) -> bool:
         return stops or time.monotonic() - self._written >= _KEEP_EVERY
@@ -475,6 +471,12 @@ class Kept:
         path = self._folder / f"{name}.npz"
         loaded = self._run._of_main(self._run._load(path))
         if loaded is not None:
+            if loaded[1]["commit"] != self._run.commit and not self._is_warned:
+                self._is_warned = True
+                self._run.warn(
+                    f"parts of {self._folder.name} were computed by commit "
+                    f"{loaded[1]['commit']}, this is {self._run.commit}"
+                )
             return loaded[0]
         self._end_if(_anywhere(self._run.should_stop()))
         arrays = {key: _checked(name, key, value) for key, value in compute().items()}
@@ -482,7 +484,7 @@ class Kept:
         if self._is_due(stops) and self._run._is_main:
             meta: dict[str, Any] = {
                 "seconds": 0,
-                "commit": None,
+                "commit": self._run.commit,
                 "warnings": [],
                 "sha256": _digest(arrays),
             }

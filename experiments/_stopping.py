@@ -136,7 +136,10 @@ def listening() -> Iterator[None]:
     `jax.distributed.initialize` would take the signal for itself, unless its preemption service is
     off.
     """
-    if threading.current_thread() is not threading.main_thread():
+    # Not a POSIX system: SIGTERM ends the process as ever.
+    if not hasattr(signal, "setitimer") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
     _signal.forget()

@@ -730,9 +730,11 @@ def test_parts_are_kept_until_their_stage_is_finished(resumable, tmp_path, monke
     damaged = tmp_path / "run/parts/sum/p1.npz"
     damaged.write_bytes(damaged.read_bytes()[:-30])
     (tmp_path / "run/parts/sum/p2.npz.77.tmp").write_bytes(b"half")
-    with resumable() as record:
+    with resumable(commit="c1") as record:
         found = stage(record, dies=False)
-        assert "parts/sum/p1.npz is damaged" in record.warnings[0]
+        other, damaged = record.warnings  # said once
+        assert "parts of sum were computed by commit c0, this is c1" in other
+        assert "parts/sum/p1.npz is damaged" in damaged
     assert calls == [0, 1, 2, 1]
     np.testing.assert_array_equal(found["sum"], np.full(3, 3))
     np.testing.assert_array_equal(found["x"], np.arange(3))
