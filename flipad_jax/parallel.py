@@ -186,7 +186,7 @@ def check_same(what: str, *values: Any) -> None:
     for value in values:
         if isinstance(value, np.ndarray):
             digest.update(f"{value.dtype}{value.shape}".encode())
-            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         else:
             digest.update(repr(value).encode())
     found = gather(np.frombuffer(digest.digest(), np.uint8)[None])
