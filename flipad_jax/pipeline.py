@@ -6,8 +6,9 @@ place of an array.
 
 *   *Order.* Every epoch is a permutation that the seed and the number of the epoch fix, the same
     with every version of every library (Grain promises that of its own for none, and finding a
-    record by it takes as long as decoding a digit). Epochs follow one another without a gap, so a batch may hold the end of one and
-    the beginning of the next, and every record is seen exactly once per epoch.
+    record by it takes as long as decoding a digit). Epochs follow one another without a gap, so a
+    batch may hold the end of one and the beginning of the next, and every record is seen exactly
+    once per epoch.
 *   *Hosts.* Of every batch, process i of n reads the i-th of n equal parts. What n processes read
     together is, row by row, the batch that one process would read.
 *   *Bad records* are left out with a warning, and the next ones of that process move up. Whether a
