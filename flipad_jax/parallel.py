@@ -184,10 +184,11 @@ def check_same(what: str, *values: Any) -> None:
         return
     digest = hashlib.sha256()
     for value in values:
-        text = repr(value) if not isinstance(value, np.ndarray) else f"{value.dtype}{value.shape}"
-        digest.update(text.encode())
         if isinstance(value, np.ndarray):
-            digest.update(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+            digest.update(f"{value.dtype}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        else:
+            digest.update(repr(value).encode())
     found = gather(np.frombuffer(digest.digest(), np.uint8)[None])
     others = np.flatnonzero((found != found[0]).any(axis=1))
     if others.size:
