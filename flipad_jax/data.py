@@ -407,9 +407,9 @@ def _below(word: np.uint64, bound: int) -> int:
     return (int(word) * bound) >> 32
 
 
-def permutation(num: int, seed: int) -> np.ndarray:
-    """`range(num)` in an order that the seed fixes, `[num]` int64."""
-    return np.argsort(_draw(num, seed), kind="stable")
+def permutation(num: int, seed: int, *path: int) -> np.ndarray:
+    """`range(num)` in an order that the seed and the path fix, `[num]` int64."""
+    return np.argsort(_draw(num, seed, *path), kind="stable")
 
 
 def _split_indices(num: int, split: str, seed: int) -> np.ndarray:

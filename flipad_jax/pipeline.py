@@ -4,9 +4,11 @@
 same arguments, pixel for pixel, a batch at a time and without an end. `training.train` takes it in
 place of an array.
 
-*   *Order.* Every epoch is a permutation that the seed and the number of the epoch fix; none is
-    held in memory. Epochs follow one another without a gap, so a batch may hold the end of one and
-    the beginning of the next, and every record is seen exactly once per epoch.
+*   *Order.* Every epoch is a permutation that the seed and the number of the epoch fix, the same
+    with every version of every library (Grain promises that of its own for none, and finding a
+    record by it takes as long as decoding a digit). Epochs follow one another without a gap, so a
+    batch may hold the end of one and the beginning of the next, and every record is seen exactly
+    once per epoch.
 *   *Hosts.* Of every batch, process i of n reads the i-th of n equal parts. What n processes read
     together is, row by row, the batch that one process would read.
 *   *Bad records* are left out with a warning, and the next ones of that process move up. Whether a
@@ -17,6 +19,7 @@ place of an array.
     process would have to be told (a data source, flags) is then never pickled or parsed again.
 """
 
+import functools
 import os
 import sys
 import threading
@@ -31,6 +34,8 @@ __all__ = ["Stream", "stream"]
 
 _MAX_WORKERS = 16  # beyond these, threads wait for Python's lock more than they decode
 _MAX_WARNINGS = 5
+# Records that a worker reads at a time: handing one over costs as much as decoding a digit.
+_GROUP = 16
 
 
 class _Records(NamedTuple):
@@ -77,43 +82,62 @@ class Stream:
         self._records = records
         self._left_out: set[int] = set()
         self._lock = threading.Lock()
-        order = grain.MapDataset.range(records.size).shuffle(seed=seed).repeat()
+        self._position = 0
+        self._held: list[tuple[int, np.ndarray]] = []  # of a group that was begun
 
-        def number(position: int) -> int:
+        # Workers are in one epoch, or partly in the next one.
+        order_of = functools.lru_cache(2)(functools.partial(data.permutation, records.size, seed))
+
+        def image(position: int) -> np.ndarray | None:
             batch, row = divmod(position, rows)
-            return int(order[batch * batch_size + process_index * rows + row])
+            epoch, index = divmod(batch * batch_size + process_index * rows + row, records.size)
+            with self._lock:  # Only one worker makes the order of an epoch.
+                order = order_of(epoch)
+            return self._image(int(order[index]))
+
+        def group(index: int) -> list[tuple[int, np.ndarray]]:
+            """The usable images of a group, each behind the number of records passed with it."""
+            positions = range(index * _GROUP, (index + 1) * _GROUP)
+            found = ((position + 1, image(position)) for position in positions)
+            return [(passed, pixels) for passed, pixels in found if pixels is not None]
 
         # Otherwise a set without one would be searched for ever.
-        if all(self._image(int(order[i])) is None for i in range(records.size)):
+        if all(self._image(number) is None for number in range(records.size)):
             raise ValueError(f"{what} has no usable image among its {records.size} records")
+        ahead = max(-(-prefetch * rows // _GROUP), num_workers)
         self._iterator = iter(
             grain.MapDataset.range(sys.maxsize)
-            .map(lambda position: self._image(number(position)))
-            .to_iter_dataset(grain.ReadOptions(num_workers, max(prefetch * rows, num_workers)))
-            .batch(rows, drop_remainder=True)
+            .map(group)
+            .to_iter_dataset(grain.ReadOptions(num_workers, ahead))
         )
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> np.ndarray:
-        return next(self._iterator)
+        while len(self._held) < self.rows:
+            # After a jump into a group, its first records were passed before.
+            self._held += [pair for pair in next(self._iterator) if pair[0] > self._position]
+        taken, self._held = self._held[: self.rows], self._held[self.rows :]
+        self._position = taken[-1][0]
+        return np.stack([image for _, image in taken])
 
     @property
     def position(self) -> int:
         """Records that this process has passed; of those that were read ahead, none counts."""
-        return self._iterator.get_state()["next_index"]
+        return self._position
 
     @position.setter
     def position(self, value: int) -> None:
-        self._iterator.set_state({"next_index": int(value)})
+        self._position, self._held = int(value), []
+        self._iterator.set_state({"next_index": self._position // _GROUP})
 
     def close(self) -> None:
         """Stop reading ahead; there are no more batches."""
         self._iterator.close()
 
     def _image(self, number: int) -> np.ndarray | None:
-        """An image, or None, which Grain leaves out."""
+        """An image, or None where there is none."""
         image, reason = self._records.image(number)
         if image is None:
             self._warn(number, reason)
@@ -154,7 +178,7 @@ def stream(
       image_size: height and width; a TFDS image is resized and cut to it, a file of another size is
         left out.
       num_images: the first so many records of the split instead of all; bad ones count here.
-      seed: of the split, as for `data.load`, and of the order, below 2^32.
+      seed: non-negative integer, of the split, as for `data.load`, and of the order.
       data_dir: where sets of TensorFlow Datasets are prepared, see `data.load`.
       process_index, process_count: which part of every batch is read here (`jax.process_index()`,
         `jax.process_count()`).
@@ -174,8 +198,6 @@ def stream(
             f"process {process_index} of {process_count} cannot have its equal part of "
             f"{batch_size} images: give a batch size that the number of processes divides"
         )
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must lie in 0..2^32 - 1, got {seed}")
     if num_workers is None:
         num_workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     records = _open(name, split, image_size, seed, data_dir)

@@ -217,7 +217,7 @@ def test_streams_that_cannot_be(mnist, tmp_path):
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"process_count": 3}, "number of processes divides"),
         ({"process_index": 1}, "process 1 of 1"),
-        ({"seed": 2**32}, "seed must lie in"),
+        ({"seed": -1}, "seed must be a non-negative integer"),
         ({"num_images": 43}, "has 42 records, 43 were asked for"),
         ({"batch_size": 43}, "fewer than one batch of 43"),
         ({"split": "rest"}, "unknown split"),

@@ -175,9 +175,11 @@ def test_waiting_is_the_time_in_which_the_device_has_nothing_to_do(
     """Steps of so many seconds against 0.06 s for the batches of one."""
     reports, free_at = [], 0.0
 
+    read = pipeline.Stream.__next__
+
     def slowly(self):
         time.sleep(0.03)
-        return next(self._iterator)
+        return read(self)
 
     def step(states, batches, *, gan, mesh):
         nonlocal free_at
@@ -293,7 +295,7 @@ WHITE_DIVERGES = TINY._replace(discriminator_loss=_discriminator_loss)
 
 def test_a_gradient_that_is_not_finite_names_the_step_and_the_batch(folder, tmp_path):
     """The step that shows the white image is named, and no other."""
-    stream = opened(folder, seed=5)
+    stream = opened(folder, seed=7)
     batches = [next(stream) for _ in range(10)]
     bad = next(i for i, batch in enumerate(batches) if batch.min(axis=(1, 2, 3)).max() == 255)
     assert 3 <= bad <= 8 and bad % 3
