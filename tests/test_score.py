@@ -202,7 +202,9 @@ def test_a_corpus_or_an_attributor_that_has_changed_is_refused(
     assert files(workdir) == before
 
 
-def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tmp_path, capsys):
+def test_mistakes_are_one_line_before_anything_is_computed(
+    attributor_folder, tmp_path, capsys, monkeypatch
+):
     data.write_images(tmp_path / "suspects", own_images(2, 3)[0])
     write_records(tmp_path / "empty.array_record", [])
     good = {"attributor": attributor_folder, "images": tmp_path / "suspects"}
@@ -222,6 +224,10 @@ def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tm
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error:") and message in error, error
     assert not (tmp_path / "w" / "scores").exists()
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it was not installed
+    flags = {**good, "cluster": "local", "workdir": tmp_path / "w"}
+    assert run(*(f"--{name}={value}" for name, value in flags.items())) == 2
+    assert "pip install 'flipad_jax[cluster]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
