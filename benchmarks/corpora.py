@@ -2,12 +2,12 @@
 
     python benchmarks/corpora.py
     python benchmarks/corpora.py --counts=1000,10000
-    python benchmarks/corpora.py --image_size=64 --counts=1000
+    python benchmarks/corpora.py --image_size=64 --counts=1000 --num_own=800
 
 Images of a zoo generator (32 x 32, grey) are made and written as PNG into ArrayRecord files, as
 many as each count says; with --image_size=64, those of an untrained DCGAN (colour, a narrow one):
-noise, which PNG takes longest to decode. A one-class attributor fitted to 2000 others scores them
-by `corpora.score_shards`, with shards and manifest on disk, in a process of its own per count.
+noise, which PNG takes longest to decode. A one-class attributor fitted to others scores them by
+`corpora.score_shards`, with shards and manifest on disk, in a process of its own per count.
 
 Prints a JSON line per count: peak memory of the process, seconds by the clock and of processor
 time, of these the seconds until the first block was scored (compiling), the rate after it, and the
@@ -35,10 +35,10 @@ from flipad_jax.generators import sampling, training, zoo
 _COUNTS = flags.DEFINE_list("counts", ["1000", "100000"], "Records of the corpora.")
 _SIZE = flags.DEFINE_enum("image_size", "32", ["32", "64"], "Side of the images.")
 _SHARD = flags.DEFINE_integer("shard_size", 8192, "Records per shard.", lower_bound=1)
+_NUM_OWN = flags.DEFINE_integer("num_own", 2000, "Images that the attributor is fitted to.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where corpora are kept; a temporary folder else.")
 _MEASURE = flags.DEFINE_string("measure", None, "Score this file, in this process.")
 
-_FITTED = 2000  # own images
 _BATCH = 250
 
 
@@ -57,7 +57,7 @@ def write(model, path, count):
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for start in range(0, count, _BATCH):
         num = min(_BATCH, count - start)
-        for image in sampling.generate(model, jax.random.key(1), num, first=_FITTED + start):
+        for image in sampling.generate(model, jax.random.key(1), num, first=start):
             file = io.BytesIO()
             Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
             writer.write(file.getvalue())
@@ -115,7 +115,7 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         model = generator()
         if not (folder / "attributor").exists():
-            own = sampling.generate(model, jax.random.key(1), _FITTED)
+            own = sampling.generate(model, jax.random.key(4), _NUM_OWN.value)
             z_bar = sampling.mean_activation(model, jax.random.key(2))
             fitted = fit(
                 sampling.final_layer(model),

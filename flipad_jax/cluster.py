@@ -1,6 +1,7 @@
 """Scores for a corpus by many machines, through Ray Data (extra `cluster`).
 
-    score_on_cluster("auto", source, output, attributor)
+    score_on_cluster("auto", {"images": "/shared/crawl"}, output, "/shared/attributor",
+                     corpora.missing(output))
 
 Every device of the cluster gets an actor, which loads the attributor and compiles its scorer once.
 What travels between machines are numbers of shards and nothing else: every machine reads the
@@ -79,12 +80,16 @@ def score_on_cluster(
       should_stop: asked after every shard.
       progress: told how many more records are scored.
     Raises:
-      ImportError: without Ray.
-      ConnectionError: if there is no cluster at the address.
       Preempted: if it should stop.
-      ValueError: if shards stay missing, with what Ray says of the reason.
+      ValueError: without Ray, if there is no cluster at the address, or if shards stay missing
+        (with what Ray says of the reason).
     """
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError(
+            "a cluster takes Ray on all of its machines: pip install 'flipad_jax[cluster]'"
+        ) from error
 
     job = {
         "version": flipad_jax.__version__,
@@ -95,7 +100,10 @@ def score_on_cluster(
     }
     running = ray.is_initialized()
     if not running:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(f"no Ray cluster at {address!r}: start one, or give local") from error
     try:
         left, failed, reason = list(shards), 0, ""
         while left:

@@ -215,10 +215,7 @@ class _ArrayRecords:
                 yield from ((record, None) for record in records)
             except RuntimeError:  # one of them is damaged: the others can be had alone
                 for single in range(number, end):
-                    try:
-                        yield reader.read(single, single + 1)[0], None
-                    except RuntimeError as error:
-                        yield None, f"cannot be read: {data._one_line(error)}"
+                    yield _read_alone(reader, part.path, single)
             start += end - number
 
     def _reader(self, path: str) -> Any:
@@ -304,6 +301,17 @@ def _open_reader(path: str) -> Any:
     if not reader.ok():  # nothing is raised, whatever the file is
         raise ValueError(f"{path} cannot be read as an ArrayRecord file: missing, cut or damaged")
     return reader
+
+
+def _read_alone(reader: Any, path: str, number: int) -> tuple[bytes | None, str | None]:
+    try:
+        return reader.read(number, number + 1)[0], None
+    except RuntimeError as error:
+        text = data._one_line(error)
+        # Wrong bytes stay wrong. A disk or a network that fails is no matter of the record.
+        if not text.startswith("Corrupted"):
+            raise ValueError(f"{path} cannot be read any more: {text}") from error
+        return None, f"cannot be read: {text}"
 
 
 def _fingerprint(named: Iterable[tuple[str, str | None]], origin: str = "") -> str:

@@ -4,8 +4,13 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +27,7 @@ from flipad_jax.detection.attributor import Scores
 from flipad_jax.detection.one_class import OneClassConfig
 
 SHAPE = (8, 8, 3)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,18 @@ def test_a_damaged_record_is_lost_alone(tmp_path):
     found = read_all(records.open_source(path))
     bad = [i for i, (image, _) in enumerate(found) if image is None]
     assert bad == [20] and found[20][1].startswith("cannot be read: ")
+
+
+def test_a_disk_that_fails_is_no_matter_of_a_record(tmp_path, monkeypatch):
+    class Failing:
+        def read(self, start, stop):
+            raise RuntimeError("pread() failed: Input/output error")
+
+    write_records(tmp_path / "a.array_record", [png(image) for image in random_images(3)])
+    source = records.open_source(tmp_path)
+    monkeypatch.setattr(source, "_reader", lambda path: Failing())
+    with pytest.raises(ValueError, match="a.array_record cannot be read any more: pread"):
+        read_all(source)
 
 
 def test_a_folder_is_what_attribute_finds(tmp_path):
@@ -425,6 +443,42 @@ def test_processes_share_the_shards(scored, attributor, bundle, tmp_path):
     assert not json.loads((shared.folder / "manifest.json").read_text())["complete"]
     corpora.finish(shared)
     assert contents(shared.folder) == contents(output.folder)
+
+
+_PROCESS = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+port, process, images, bundle, folder = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+from experiments import score
+from flipad_jax import corpora, load, records
+process, count = score._process()
+assert count == 2
+source = records.open_source(images)
+output = corpora.open_output(folder, source, bundle, shard_size=20, write=process == 0)
+mine = range(output.num_shards)[process::count]
+corpora.score_shards(load(bundle), source, output, mine)
+corpora.finish(output, write=process == 0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_jax_make_one_output(scored, mixed, bundle, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "two"
+    arguments = [str(mixed[0]), str(bundle), str(folder)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(port), str(process), *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for process in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert contents(folder) == contents(scored[1].folder)
 
 
 @pytest.mark.parametrize("what", ["row", "cut", "gone", "receipt", "receipt_gone", "other"])

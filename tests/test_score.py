@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -138,36 +137,6 @@ def test_a_second_start_scores_only_what_is_damaged(
     assert metrics(workdir)["records_per_second"] is None
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(attributor_folder, tmp_path):
-    write_records(tmp_path / "c.array_record", map(png, own_images(2, 1200)[0]))
-    flags = [f"--attributor={attributor_folder}", f"--images={tmp_path / 'c.array_record'}"]
-    flags += ["--shard_size=48"]
-    workdir = tmp_path / "w"
-    command = [sys.executable, str(ROOT / "run.py"), "--experiment=score", *flags]
-    process = subprocess.Popen(
-        [*command, f"--workdir={workdir}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "true"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (workdir / "scores" / "receipts" / "00002-of-00025.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = {path: content for path, content in files(workdir).items() if "csv" in path.name}
-    assert 3 <= len(kept) < 25
-    assert not (workdir / "results.json").exists()
-    assert run(*flags, f"--workdir={workdir}") == 0
-    found = metrics(workdir)
-    assert found["shards_kept"] in (len(kept), len(kept) - 1)  # a file without receipt counts not
-    assert found["scored_now"] == 1200 - 48 * found["shards_kept"]
-    assert [row["path"] for row in read(workdir)] == [f"c.array_record[{i}]" for i in range(1200)]
-    assert run(*flags, f"--workdir={tmp_path / 'whole'}") == 0
-    assert files(workdir) == files(tmp_path / "whole")
-
-
 def test_a_run_that_is_asked_to_stop_says_so_and_goes_on(
     attributor_folder, suspects, tmp_path, monkeypatch
 ):
@@ -202,7 +171,9 @@ def test_a_corpus_or_an_attributor_that_has_changed_is_refused(
     assert files(workdir) == before
 
 
-def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tmp_path, capsys):
+def test_mistakes_are_one_line_before_anything_is_computed(
+    attributor_folder, tmp_path, capsys, monkeypatch
+):
     data.write_images(tmp_path / "suspects", own_images(2, 3)[0])
     write_records(tmp_path / "empty.array_record", [])
     good = {"attributor": attributor_folder, "images": tmp_path / "suspects"}
@@ -222,6 +193,10 @@ def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tm
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error:") and message in error, error
     assert not (tmp_path / "w" / "scores").exists()
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it was not installed
+    flags = {**good, "cluster": "local", "workdir": tmp_path / "w"}
+    assert run(*(f"--{name}={value}" for name, value in flags.items())) == 2
+    assert "pip install 'flipad_jax[cluster]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -248,7 +223,12 @@ def test_many_kills_lose_and_double_nothing(attributor_folder, tmp_path):
         time.sleep(draw.uniform(0, 0.2))  # at any moment of a shard
         process.kill()
         process.wait()
+    kept = len(list(receipts.glob("*.json")))
+    assert 5 <= kept < 63 and not (workdir / "results.json").exists()
     assert run(*flags, f"--workdir={workdir}") == 0
+    assert metrics(workdir)["shards_kept"] == kept
+    assert metrics(workdir)["scored_now"] == 3000 - 48 * kept
+    assert [row["path"] for row in read(workdir)] == [f"c.array_record[{i}]" for i in range(3000)]
     assert run(*flags, f"--workdir={tmp_path / 'whole'}") == 0
     assert files(workdir) == files(tmp_path / "whole")
 
