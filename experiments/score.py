@@ -57,6 +57,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {"smoke": {"shard_size": 32}, "demo": {}}
 CHANGEABLE = ("cluster", "num_actors")
+TOGETHER = True  # each process its own shards
 
 
 def run(config: Config, record: Run) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     source = records.open_source(**where)
     process, num_processes = _process()
     output = corpora.open_output(
-        record.workdir / "scores",
+        record.common / "scores",
         source,
         config.attributor,
         fnr=config.fnr,

@@ -355,7 +355,7 @@ def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
     try:
         found = tf_example_pb2.Example.FromString(record).features.feature
         encoded = b"".join(found[split.feature].bytes_list.value)
-        with Image.open(io.BytesIO(encoded)) as opened:
+        with Image.open(io.BytesIO(encoded), formats=data._FORMATS) as opened:
             reason = data._why_unusable(opened, encoded[:26])
             if reason is None and channels == 1 and opened.mode not in ("1", "L"):
                 reason = "is in colour, expected grey"
