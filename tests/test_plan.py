@@ -211,11 +211,11 @@ def test_inversion_calls_what_is_planned(monkeypatch, method):
     stage = _plan.inversion(FinalLayer(op), 5, 4, 20, method=method)
     calls = []
 
-    def advance(operator, state, o, num_steps, numbers, *, method):
+    def advance(operator, state, o, num_steps, numbers, *, method, mesh):
         calls.append((int(num_steps), shapes((operator, state, o, numbers))))
         return state, np.zeros(4)
 
-    def finish(operator, state, o, where, num_steps, numbers, *, method):
+    def finish(operator, state, o, where, num_steps, numbers, *, method, mesh):
         nothing = np.zeros(len(where))
         info = lasso.LassoInfo(nothing, nothing, nothing, nothing == 0)
         return jnp.zeros((len(where), 4, 4, 16), jnp.float32), info
