@@ -103,6 +103,7 @@ def test_all_users_in_one_program_are_users_one_by_one(root, keys):
         )
 
 
+@pytest.mark.slow
 def test_robust_training_of_all_users_in_one_program_is_that_of_users_one_by_one(root, monkeypatch):
     """The way of an accelerator against the loop of a CPU, over steps with and without noise."""
     keys = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
