@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import parallel_tasks
 import pytest
+from safetensors.numpy import load_file
 
 from flipad_jax import parallel
 from flipad_jax.inversion import lasso
@@ -206,3 +207,25 @@ def test_two_processes_of_two_devices_get_what_one_device_gets(one_device, tmp_p
     found = run(f"{TRAININGS},{SCORES}", tmp_path, num_devices=2, launcher=launcher)
     assert found["num_devices"] == 4
     assert_same(found, one_device)
+
+
+@pytest.mark.slow
+def test_a_command_in_two_processes_writes_once_what_one_process_writes(tmp_path):
+    command = [sys.executable, "run.py", "--experiment=train_generator", "--preset=smoke"]
+    weights = []
+    for name, launcher in (("one", ()), ("two", (str(SCRIPTS / "two_processes.sh"),))):
+        done = subprocess.run(
+            [*launcher, *command, f"--workdir={tmp_path / name}"],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("Results: ") == 1
+        weights.append(load_file(tmp_path / name / "0.safetensors"))
+    one, two = weights
+    assert one.keys() == two.keys()
+    for key in one:  # kept in float16: rounding may fall on the other side
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-3, atol=1e-6, err_msg=key)
