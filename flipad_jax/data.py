@@ -661,7 +661,7 @@ def iter_images(
     return decode_all()
 
 
-def decode_image(  # noqa: DOC501 - what it raises it catches
+def decode_image(
     path: str | os.PathLike, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray | None, str | None]:
     """Reads one image file by the rules of `read_images`.
@@ -691,7 +691,7 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def decode(  # noqa: DOC501 (what it raises it catches)
+def decode(
     file: str | bytes, image_shape: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray | None, str | None]:
     """`decode_image` for many threads, also of files that are in memory; see `decoding`.
