@@ -107,6 +107,7 @@ def main(argv):
     """Prepare what is missing, then a process per count, so that each has a peak of its own."""
     del argv
     if _MEASURE.value is not None:
+        corpora.one_heap()  # as --experiment=score does
         path = Path(_MEASURE.value)
         print(json.dumps(measure(path.parent, path)), flush=True)
         return

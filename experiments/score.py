@@ -65,6 +65,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     for name in ("attributor", "images"):
         if not getattr(config, name):
             raise UsageError(f"--{name} is missing; see --experiment=score --help")
+    corpora.one_heap()
     where = {name: getattr(config, name) for name in ("images", "data_dir", "split", "feature")}
     attributor = bundle.load(config.attributor)
     source = records.open_source(**where)
