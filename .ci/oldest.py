@@ -30,7 +30,7 @@ def pins(setup_cfg: str, extras: list[str]) -> list[str]:
         text += parser["options.extras_require"][extra]
     found = []
     for line in filter(None, map(str.strip, text.splitlines())):
-        match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", line)
+        match = re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)", line)
         if match is None:
             raise ValueError(f"setup.cfg: {line!r} is not of the form name>=bound")
         found.append(f"{match[1]}=={match[2]}")

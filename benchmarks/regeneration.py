@@ -205,7 +205,7 @@ def measure(name, generator, images, rng):
         found, clock, cpu = timed(run, _REPEATS.value)
         latents = found.latent
         facts["starts_mean"] = round(float(found.starts.mean()), 2)
-        facts["steps_mean"] = round(float(found.iterations.mean()), 1)
+        facts["jacobians_mean"] = round(float(found.iterations.mean()), 1)
     errors = rmse(generator, latents, images)
     shares = {str(level): round(float((errors < level).mean()), 4) for level in _LEVELS}
     proved = int((errors < _PROVED).sum())

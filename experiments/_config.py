@@ -644,9 +644,14 @@ def _join(values: flags.FlagValues, module: types.ModuleType) -> None:
         )
     from flipad_jax import parallel
 
-    parallel.initialize(
-        None if address == "auto" else address, values.num_processes, values.process_id
-    )
+    try:
+        parallel.initialize(
+            None if address == "auto" else address, values.num_processes, values.process_id
+        )
+    except RuntimeError as error:  # A port that is taken, a host that nobody answers at.
+        raise UsageError(
+            f"--coordinator_address={address}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _keep_programs(folder: str) -> None:

@@ -250,6 +250,18 @@ class Run:
         Raises:
           UsageError: naming the folder, what is free and what is needed.
         """
+        refusal = ""
+        if self._is_main:  # The others write elsewhere, or what this one counts in.
+            try:
+                self._check_room(num_bytes, what)
+            except UsageError as error:
+                refusal = str(error)
+        if self._num_processes > 1:
+            refusal = _broadcast(refusal.encode()).decode()
+        if refusal:
+            raise UsageError(refusal)
+
+    def _check_room(self, num_bytes: float, what: str) -> None:
         trial = self.workdir / f".trial.{os.getpid()}.partial"
         with _refused_writes(self):
             try:
@@ -491,6 +503,8 @@ class Kept:
             with replacing(path) as file:
                 _write_stage(file, arrays, meta)
             self._written = time.monotonic()
+        if stops:
+            _anywhere(False)  # None leaves before it is written: who starts them may then kill.
         self._end_if(stops)
         return arrays
 
@@ -724,7 +738,8 @@ def _enter(
         theirs, run.started = found
         different = _differences(theirs, flags, defaults)
         fixed = {name: text for name, text in different.items() if name not in changeable}
-        if different and (not fixed or not _has_results(run)):
+        other = "experiment" in fixed
+        if different and (not fixed or not (other or _has_results(run))):
             # Without results an earlier start failed before it made anything, on a mistyped
             # path, say.
             _write_flags(run, flags)
@@ -794,7 +809,7 @@ def _is_debris(path: Path) -> bool:
 
 def _repair(run: Run) -> None:
     """Remove what a killed process left half written."""
-    inside = [run.workdir.glob(pattern) for pattern in ("*", "*/*", "parts/*/*")]
+    inside = [run.workdir.glob(pattern) for pattern in ("*", "*/*", "parts/*/*", "scores/*/*")]
     for path in itertools.chain(*inside):
         if _is_debris(path) and path.name != ".lock":
             path.unlink()

@@ -5,12 +5,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from experiments._record import UsageError, replacing
-from flipad_jax import data
+from flipad_jax import data, files
 
-__all__ = ["check_output", "CsvLines", "find", "write_rows"]
+__all__ = ["check_output", "find", "write_rows"]
 
 
 def find(path: str, workdir: Path) -> data.Found:
@@ -49,21 +49,6 @@ def check_output(path: Path, columns: Sequence[str]) -> None:
         raise UsageError(f"--output={path} is there and holds no rows of ours; give another name")
 
 
-class CsvLines:
-    """A file for `csv.writer` whose lines end in "\\n", and whose names may hold any character.
-
-    Told to end its lines so, the writer would no longer quote a name with "\\r", and readers would
-    take that for the end of a line.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, line: str) -> None:
-        """Write a line of the writer's."""
-        self._file.write(line.removesuffix("\r\n") + "\n")
-
-
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """All rows at once: the file is complete or not there.
 
@@ -78,7 +63,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
         if path.suffix == ".jsonl":
             text.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            writer = csv.writer(CsvLines(text))
+            writer = csv.writer(files.CsvLines(text))
             writer.writerow(columns)
             writer.writerows([row[column] for column in columns] for row in rows)
         text.detach()  # `replacing` closes the file

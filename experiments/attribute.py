@@ -331,7 +331,7 @@ class _Writer:
         # File names are bytes, not always text.
         self._file = self._path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         if self._path.suffix != ".jsonl":
-            csv.writer(_suspects.CsvLines(self._file)).writerow(COLUMNS)
+            csv.writer(files.CsvLines(self._file)).writerow(COLUMNS)
         return self
 
     def write(self, rows: list[Row]) -> None:
@@ -340,7 +340,7 @@ class _Writer:
             for row in rows:
                 self._file.write(json.dumps(row._asdict()) + "\n")
         else:
-            csv.writer(_suspects.CsvLines(self._file)).writerows(rows)
+            csv.writer(files.CsvLines(self._file)).writerows(rows)
         self._file.flush()
 
     def __exit__(self, *_: object) -> None:

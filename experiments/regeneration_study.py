@@ -281,7 +281,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
                 "proved",
                 "by 1, 2, ... starts",
                 "error median / largest",
-                "steps",
+                "Jacobians",
                 "s per image",
                 "codimension",
                 "counted",

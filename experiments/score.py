@@ -23,7 +23,7 @@ import jax
 
 from experiments._config import Run, setting
 from experiments._record import UsageError, now
-from flipad_jax import cluster, corpora, data, records, report
+from flipad_jax import cluster, corpora, data, parallel, records, report
 from flipad_jax.corpora import Clock, Findings, Output
 from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import Attributor
@@ -79,12 +79,16 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         format=config.format,
         write=process == 0,
     )
+    parallel.check_same("what is scored, and by what,", output.facts())
+    if not (output.folder / "manifest.json").exists():
+        raise UsageError(f"{output.folder} is not where all processes see it: share the workdir")
     smallest = calibration.smallest_certifiable_fnr(len(attributor.calibration_scores))
     if 0 < config.fnr < smallest:
         record.warn(
             f"{len(attributor.calibration_scores)} calibration images certify no fnr below "
             f"{smallest:.3g}; no p-value can be smaller"
         )
+    # Counts and speed are those of this process; every record of all is in the findings.
     mine = range(output.num_shards)[process::num_processes]
     left = corpora.missing(output, mine)
     kept = len(mine) - len(left)
@@ -116,7 +120,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                     clock=clock,
                 )
     seconds = time.monotonic() - start
-    corpora.finish(output, should_stop=record.should_stop, write=process == 0)
+    corpora.finish(
+        output, others=num_processes > 1, should_stop=record.should_stop, write=process == 0
+    )
     findings = corpora.collect(output)
     metrics = {
         "attributor_sha256": output.attributor_sha256,

@@ -40,6 +40,7 @@ class _Scorer:
                 f"this machine has flipad_jax {flipad_jax.__version__}, the one that began has "
                 f"{job['version']}: install the same on all"
             )
+        corpora.one_heap()
         self._attributor = bundle.load(job["attributor"])
         self._source = records.open_source(**job["source"])
         if not os.path.isdir(job["folder"]):

@@ -450,7 +450,7 @@ def _write_shard(output: Output, shard: int, rows: list[Row], unconverged: int) 
 
 def _csv(rows: Sequence[Row]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(files.CsvLines(text))
     writer.writerow(COLUMNS)
     writer.writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")  # names are bytes, not always text
@@ -496,14 +496,17 @@ def _receipt(output: Output, shard: int, *, verify: bool = True) -> dict[str, An
 
 
 def finish(
-    output: Output, *, should_stop: Callable[[], bool] | None = None, write: bool = True
+    output: Output,
+    *,
+    others: bool = False,
+    should_stop: Callable[[], bool] | None = None,
+    write: bool = True,
 ) -> dict[str, Any]:
     """Writes the complete manifest, once all shards are there.
 
-    Waits for shards that other processes are at: as long as these live, they will come.
-
     Args:
       output: from `open_output`.
+      others: whether other processes are at work, whose shards are waited for.
       should_stop: asked while it waits.
       write: whether to write it; one of several processes does.
     Returns:
@@ -511,8 +514,14 @@ def finish(
       and the counts of verdicts, doubts and unconverged inversions.
     Raises:
       Preempted: if it should stop before all are there.
+      ValueError: if shards are missing that nobody is at.
     """
     left = missing(output)
+    if left and not others:
+        raise ValueError(
+            f"{len(left)} of {output.num_shards} files in {output.folder} are gone or damaged; "
+            "start once more"
+        )
     while left:
         if should_stop is not None and should_stop():
             raise checkpoints.Preempted(f"stopped while {len(left)} shards were still missing")

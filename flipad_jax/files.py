@@ -1,9 +1,10 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all; lines of CSV."""
 
 import os
 import pathlib
+from typing import TextIO
 
-__all__ = ["write_atomically"]
+__all__ = ["CsvLines", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -23,3 +24,18 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class CsvLines:
+    """A file for `csv.writer` whose lines end in "\\n", and whose names may hold any character.
+
+    Told to end its lines so, the writer would no longer quote a name with "\\r", and readers would
+    take that for the end of a line.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        """Write a line of the writer's."""
+        self._file.write(line.removesuffix("\r\n") + "\n")

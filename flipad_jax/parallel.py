@@ -141,7 +141,7 @@ def gather(array: np.ndarray | jax.Array) -> np.ndarray:
     sent = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
     sent[: len(rows)] = rows
     if sent.nbytes == 0:
-        return sent
+        return np.zeros((int(counts.sum()), *rows.shape[1:]), rows.dtype)
     everyone = multihost_utils.process_allgather(sent.reshape(-1).view(np.uint8))
     parts = everyone.view(rows.dtype).reshape(-1, *sent.shape)
     return np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -184,6 +184,7 @@ def check_same(what: str, *values: Any) -> None:
         return
     digest = hashlib.sha256()
     for value in values:
+        value = np.asarray(value) if isinstance(value, jax.Array) else value
         if isinstance(value, np.ndarray):
             digest.update(f"{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

@@ -25,17 +25,17 @@ second=$!
 trap 'kill -TERM "$first" "$second" 2>/dev/null || true' TERM INT
 
 running() { kill -0 "$1" 2>/dev/null; }
-while running "$first" && running "$second"; do sleep 0.2; done
+while running "$first" && running "$second"; do sleep 0.2 || true; done
 ended=$first other=$second
 if running "$first"; then ended=$second other=$first; fi
 code=0 rest=0
 wait "$ended" || code=$?
 if [ "$code" -ne 0 ]; then
-  # The other one waits for it, perhaps where it hears no signal.
-  kill -TERM "$other" 2>/dev/null || true
-  for _ in $(seq 50); do running "$other" && sleep 0.2; done
+  # The other one waits for it, perhaps where it hears no signal; at 143 it is on its way out.
+  [ "$code" -eq 143 ] || kill -TERM "$other" 2>/dev/null || true
+  for _ in $(seq 100); do if running "$other"; then sleep 0.2 || true; fi; done
   kill -KILL "$other" 2>/dev/null || true
 fi
-while running "$other"; do sleep 0.2; done
+while running "$other"; do sleep 0.2 || true; done
 wait "$other" || rest=$?
 exit $((code ? code : rest))

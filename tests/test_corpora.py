@@ -422,11 +422,22 @@ def test_stopped_runs_go_on_to_the_same_bytes(scored, attributor, bundle, tmp_pa
             )
         assert corpora.missing(again) == list(range(start + 1, 4))
     with pytest.raises(checkpoints.Preempted, match="1 shards were still missing"):
-        corpora.finish(again, should_stop=lambda: True)
+        corpora.finish(again, others=True, should_stop=lambda: True)
+    with pytest.raises(ValueError, match="1 of 4 files in .* are gone or damaged; start once more"):
+        corpora.finish(again)  # Nobody else is at it.
     assert not json.loads((again.folder / "manifest.json").read_text())["complete"]
     corpora.score_shards(attributor, source, again, corpora.missing(again))
     corpora.finish(again)
     assert contents(again.folder) == contents(output.folder)
+
+
+def test_names_of_any_kind_are_one_row_each():
+    names = ["a\rb.png", "c\nd.png", 'e",f.png', "g\udcff.png"]
+    rows = [corpora.Row(name, 1.0, 0.5, 2.0, "ours", "") for name in names]
+    text = corpora._csv(rows).decode("utf-8", "surrogateescape")
+    found = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["path"] for row in found] == names
+    assert "\r\n" not in text
 
 
 def test_processes_share_the_shards(scored, attributor, bundle, tmp_path):
@@ -458,7 +469,7 @@ source = records.open_source(images)
 output = corpora.open_output(folder, source, bundle, shard_size=20, write=process == 0)
 mine = range(output.num_shards)[process::count]
 corpora.score_shards(load(bundle), source, output, mine)
-corpora.finish(output, write=process == 0)
+corpora.finish(output, others=True, write=process == 0)
 """
 
 

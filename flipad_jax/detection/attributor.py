@@ -19,6 +19,7 @@ Four detectors are one configuration away:
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -482,7 +483,16 @@ def fit(
         if config.detector != "one_class":
             raise ValueError(f"the {config.detector} detector takes no images of impostors")
         impostors = data.check_images(impostors, shape=shape)
-    parallel.check_same("what is fitted, and to what,", config, generated, real, impostors)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((layer, z_bar))]
+    seed = np.asarray(jax.random.key_data(rng))
+    parallel.check_same(
+        "what is fitted, and to what,", config, generated, real, impostors, seed, *leaves
+    )
+    # Here, and not after hours of inversion: a batch must be one that processes can share.
+    if config.detector == "deepsad":
+        parallel.mesh(config.deepsad_config().batch_size)
+    elif impostors is not None:
+        parallel.mesh(2 * config.impostor.batch_size)
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -564,6 +574,11 @@ def fit(
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
 
     judge = functools.partial(score_with_info, attributor, progress=progress)
+    # A detector that was trained anew since, on another device say, has other scores.
+    fitted = hashlib.sha256()
+    for leaf in jax.tree.leaves(detector):
+        fitted.update(np.ascontiguousarray(leaf).tobytes())
+    judged = f"calibration-{fitted.hexdigest()[:12]}"
 
     def calibration_scores(first, last):
         found = parallel.in_parts(judge, generated[calibrating[first:last]])
@@ -571,7 +586,7 @@ def fit(
         return {"score": found.score[found.converged]}
 
     scores = np.concatenate(
-        [part["score"] for _, part in in_parts(num_calibration, "calibration", calibration_scores)]
+        [part["score"] for _, part in in_parts(num_calibration, judged, calibration_scores)]
     )
     if len(scores) < num_calibration:
         logging.warning(

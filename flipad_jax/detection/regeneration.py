@@ -20,7 +20,7 @@ through the generator, all in one batch),
     the latent that is looked for both residuals are zero (up to rounding). Once the image is near,
     or nothing is gained any more, it goes on in levels, where rounding weighs the same for every
     pixel. (Of 16 digits of `digits_dcgan_1` one start at zero regenerates 50 % in levels alone and
-    94 % so, in half the steps: `python benchmarks/regeneration.py --num_images=16`.)
+    94 % so: `python benchmarks/regeneration.py --num_images=16`.)
 *   Levels 0 and 255 are inequalities, not equations: the encoder cuts there. A pixel at level 0
     where G is darker still has no residual (`residual`).
 *   Every step tries several mu at once. A pass forward costs a d-th of a Jacobian, and a step that
@@ -599,13 +599,13 @@ def regenerate(
 
 
 _POLISH_STEPS = 10
-_POLISH_EVERY = 5  # of them with one Jacobian
 
 
 def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: Regenerated):
     """A few more steps for what is proved: a search stops when it has succeeded, and what is left
     is then more than rounding."""
-    config = dataclasses.replace(config, damping=1e-3, prior=0.0, targets=False)
+    # A Jacobian serves until a step is refused.
+    config = dataclasses.replace(config, damping=1e-3, prior=0.0, targets=False, renew_gain=0.0)
     size, places = best.latent.shape[1], _num_places(config)
     proved = np.flatnonzero(best.proved)
     for start in range(0, len(proved), places):
@@ -615,10 +615,12 @@ def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: 
         z = np.concatenate([best.latent[filled], best.unknowns[filled]], axis=1)
         asked = jnp.asarray(images[filled], jnp.float32)
         states = _init_all(jnp.asarray(z), asked, config)
-        for number in range(_POLISH_STEPS):
-            if number % _POLISH_EVERY == 0:
-                states = _linearize_due(model, asked, _all_due(states), config)
+        for _ in range(_POLISH_STEPS):
+            if np.asarray(states.due).any():
+                states = _linearize_due(model, asked, states, config)
             states, rmse, largest = _update_all(model, asked, states, config)
+            if (np.asarray(states.stuck) > 1).all():
+                break
         found, rmse, largest = jax.device_get((states.z, rmse, largest))
         for place, index in enumerate(indices):
             if _is_proved(rmse[place], largest[place], config):
@@ -628,10 +630,6 @@ def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: 
 @functools.partial(jax.jit, static_argnames="config")
 def _init_all(z: jax.Array, images: jax.Array, config: RegenerationConfig) -> RegenerationState:
     return jax.vmap(functools.partial(init, config=config))(z, images)
-
-
-def _all_due(states: RegenerationState) -> RegenerationState:
-    return states._replace(due=jnp.ones_like(states.due))
 
 
 def _num_places(config: RegenerationConfig) -> int:

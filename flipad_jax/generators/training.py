@@ -372,34 +372,39 @@ def train(
             step, states = restored[0], source.at_position(restored[1])
     losses: list[Losses] = []
     since = time.perf_counter()
-    while step < num_steps:
-        states, loss = source.step(states, more=step + 1 < num_steps)
-        losses.append(loss)
-        step += 1
-        saves = step % checkpoint_every == 0 or step == num_steps
-        if not (saves or step % report_every == 0):
-            continue
-        # The only place that waits for the device.
-        values = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(losses))
-        first = step - len(losses)
-        bad = np.argwhere(~np.all([np.isfinite(value) for value in values], axis=0))
-        if len(bad):
-            raise _diverged(gan, source, states, seeds, values, first, *bad[0])
-        seconds = time.perf_counter() - since
-        report = Report(
-            generator=np.mean(values.generator, axis=0),
-            discriminator=np.mean(values.discriminator, axis=0),
-            waiting=np.asarray(source.looked() / seconds),
-        )
-        losses, since = [], time.perf_counter()
-        if progress is not None:
-            progress(step, report)
-        stops = should_stop is not None and step < num_steps and parallel.anywhere(should_stop())
-        if (saves or stops) and checkpoint_dir is not None:
-            checkpoints.save(checkpoint_dir, step, source.with_position(states))
-        if stops:
-            kept = f"kept in {checkpoint_dir}" if checkpoint_dir else "nothing was kept"
-            raise checkpoints.Preempted(f"stopped after step {step} of {num_steps}, {kept}")
+    try:
+        while step < num_steps:
+            states, loss = source.step(states, more=step + 1 < num_steps)
+            losses.append(loss)
+            step += 1
+            saves = step % checkpoint_every == 0 or step == num_steps
+            if not (saves or step % report_every == 0):
+                continue
+            # The only place that waits for the device.
+            values = jax.tree.map(lambda *steps: np.stack(steps), *jax.device_get(losses))
+            first = step - len(losses)
+            bad = np.argwhere(~np.all([np.isfinite(value) for value in values], axis=0))
+            if len(bad):
+                raise _diverged(gan, source, states, seeds, values, first, *bad[0])
+            seconds = time.perf_counter() - since
+            report = Report(
+                generator=np.mean(values.generator, axis=0),
+                discriminator=np.mean(values.discriminator, axis=0),
+                waiting=np.asarray(source.looked() / seconds),
+            )
+            losses, since = [], time.perf_counter()
+            if progress is not None:
+                progress(step, report)
+            stops = (
+                should_stop is not None and step < num_steps and parallel.anywhere(should_stop())
+            )
+            if (saves or stops) and checkpoint_dir is not None:
+                checkpoints.save(checkpoint_dir, step, source.with_position(states))
+            if stops:
+                kept = f"kept in {checkpoint_dir}" if checkpoint_dir else "nothing was kept"
+                raise checkpoints.Preempted(f"stopped after step {step} of {num_steps}, {kept}")
+    finally:
+        source.close()
     return parallel.local(states)
 
 
@@ -433,6 +438,9 @@ class _Array:
 
     def looked(self) -> float:
         return 0.0
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def with_position(self, states: GanState) -> Any:
         return states
@@ -502,6 +510,10 @@ class _Batches:
             if ended.done():  # else the device has not waited
                 self._waited += time.perf_counter() - max(start, ended.result())
         return states, losses
+
+    def close(self) -> None:
+        """Let go of the thread; the stream is the caller's."""
+        self._watch.shutdown(wait=False, cancel_futures=True)
 
     def looked(self) -> float:
         """Seconds since the last look in which the device had nothing to do for want of data."""
