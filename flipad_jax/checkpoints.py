@@ -86,9 +86,9 @@ def restore_latest(directory: str | os.PathLike, template: Any) -> tuple[int, An
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(abstract))
             jax.tree.map_with_path(_check_shape, state, abstract)  # Orbax lets NumPy's pass
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except Exception as error:  # One that is damaged makes Orbax stumble over anything.
             raise ValueError(
-                f"checkpoint {step} in {directory} is not of this model: {error}"
+                f"checkpoint {step} in {directory} is not of this model, or damaged: {error}"
             ) from error
     return step, _with_keys(state, template)
 
