@@ -30,12 +30,11 @@ from experiments import _suspects
 from experiments._config import Run, setting
 from experiments._record import UsageError, now
 from flipad_jax import data, files, report
+from flipad_jax.corpora import COLUMNS, VERDICTS, Row
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import Attributor
 
-COLUMNS = ("path", "score", "p_value", "threshold", "verdict", "reason")
-VERDICTS = ("ours", "not_ours", "cannot_judge")
 _LOG = "scores.jsonl"
 _DEPARTURE_MAX = 6.0  # times what is usual: the last colour of the maps
 _STOPPED = "the inversion stopped"
@@ -81,17 +80,6 @@ class Judged(NamedTuple):
     converged: bool
     doubt: str  # what makes a verdict doubtful
     reason: str  # why there is no score
-
-
-class Row(NamedTuple):
-    """A row of the output."""
-
-    path: str
-    score: float | None
-    p_value: float | None
-    threshold: float
-    verdict: str
-    reason: str
 
 
 def run(config: Config, record: Run) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from image_files import broken_files, encode, random_images
+import toy_model
+from image_files import encode, random_images
 from PIL import Image
 from scipy import stats
 from toy_model import LAYER, own_images
@@ -30,31 +31,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def attributor_folder(tmp_path_factory):
-    images, z = own_images(1, 1600)
-    config = AttributorConfig(one_class=OneClassConfig(num_components=10), batch_size=64)
-    fitted = flipad_jax.fit(LAYER, z.mean(0), images, rng=jax.random.key(0), config=config)
     path = tmp_path_factory.mktemp("attributor")
-    flipad_jax.save(fitted, path)
-    return path
+    return toy_model.save_attributor(path, 1600, num_components=10, batch_size=64)
 
 
 @pytest.fixture
 def suspects(tmp_path):
-    """50 own images, 20 foreign ones in a subfolder, and files of all kinds that are none."""
-    folder = tmp_path / "suspects"
-    data.write_images(folder, own_images(2, 50)[0])
-    data.write_images(folder / "others", random_images(20, seed=3))
-    for name, (content, _) in broken_files().items():
-        (folder / name).write_bytes(content)
+    """Those of `toy_model`, and more that are no images."""
+    folder = toy_model.write_suspects(tmp_path / "suspects")
     image = Image.fromarray(random_images(1)[0])
     good = encode(image, "PNG")
     for i in range(9):
         (folder / f"cut{i}.png").write_bytes(good[: 20 * i])
     (folder / "bild.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")
-    (folder / "round").symlink_to(folder, target_is_directory=True)
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # a name that is no text
-        file.write(good)
     (folder / 'r\u00e9sum\u00e9 \u7532\u9aa8 \U0001f600 "a,b"\n<b>.png').write_bytes(good)
     return folder
 

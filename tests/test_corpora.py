@@ -12,19 +12,18 @@ import sys
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import toy_model
 from image_files import broken_files, png, random_images
 from test_tfds_images import prepare
-from toy_model import LAYER, own_images
+from toy_model import own_images
 
 import flipad_jax
-from flipad_jax import AttributorConfig, checkpoints, corpora, data, records
+from flipad_jax import checkpoints, corpora, data, records
 from flipad_jax.corpora import Row
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection.attributor import Scores
-from flipad_jax.detection.one_class import OneClassConfig
 
 SHAPE = (8, 8, 3)
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,14 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    images, z = own_images(1, 320)
-    config = AttributorConfig(
-        one_class=OneClassConfig(num_components=5), batch_size=16, max_iters=5
-    )
-    fitted = flipad_jax.fit(LAYER, z.mean(0), images, rng=jax.random.key(0), config=config)
     path = tmp_path_factory.mktemp("bundle")
-    flipad_jax.save(fitted, path)
-    return path
+    return toy_model.save_attributor(path, 320, batch_size=16, max_iters=5)
 
 
 @pytest.fixture(scope="module")

@@ -13,48 +13,32 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import toy_model
 from image_files import broken_files, png, random_images
 from test_corpora import write_records
-from toy_model import LAYER, own_images
+from toy_model import own_images
 
 import flipad_jax
 from experiments import _config
 from experiments import score as experiment
 from experiments._record import Run
-from flipad_jax import AttributorConfig, checkpoints, corpora, data, records
+from flipad_jax import checkpoints, corpora, data, records
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection.one_class import OneClassConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def attributor_folder(tmp_path_factory):
-    images, z = own_images(1, 400)
-    config = AttributorConfig(
-        one_class=OneClassConfig(num_components=5), batch_size=16, max_iters=5
-    )
-    fitted = flipad_jax.fit(LAYER, z.mean(0), images, rng=jax.random.key(0), config=config)
     path = tmp_path_factory.mktemp("attributor")
-    flipad_jax.save(fitted, path)
-    return path
+    return toy_model.save_attributor(path, 400, batch_size=16, max_iters=5)
 
 
 @pytest.fixture
 def suspects(tmp_path):
-    """50 own images, 20 foreign ones in a subfolder, and files of all kinds that are none."""
-    folder = tmp_path / "suspects"
-    data.write_images(folder, own_images(2, 50)[0])
-    data.write_images(folder / "others", random_images(20, seed=3))
-    for name, (content, _) in broken_files().items():
-        (folder / name).write_bytes(content)
-    (folder / "round").symlink_to(folder, target_is_directory=True)
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # a name that is no text
-        file.write(png(random_images(1)[0]))
-    return folder
+    return toy_model.write_suspects(tmp_path / "suspects")
 
 
 def run(*flags):
