@@ -39,9 +39,7 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 2048, "Of the set that is writt
 _SIZE = flags.DEFINE_integer("size", 64, "Side of the images.", lower_bound=8)
 _THREADS = flags.DEFINE_list("threads", ["1", "2", "4"], "Threads that read, for reading alone.")
 _READ = flags.DEFINE_integer("read", 4096, "Images that are read for a rate.", lower_bound=1)
-_FAMILIES = flags.DEFINE_list(
-    "families", ["dcgan", "wgan_gp"], "DCGAN, WGAN-GP or EBGAN; may be empty."
-)
+_FAMILIES = flags.DEFINE_list("families", ["dcgan", "wgan_gp"], "Of zoo.FAMILIES; may be empty.")
 _WIDTHS = flags.DEFINE_enum("widths", "paper", ["paper", "small"], "Of their networks.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images in a batch.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps", 4, "Timed steps between two looks.", lower_bound=1)
@@ -98,7 +96,7 @@ def say(**line):
 
 
 def reading(options):
-    """Images per second, and how many of them are bad, by the number of threads."""
+    """Images per second, by the number of threads."""
     for threads in map(int, _THREADS.value):
         with contextlib.closing(pipeline.stream(num_workers=threads, **options)) as stream:
             for _ in range(16):  # the buffer is full and then taken from

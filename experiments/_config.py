@@ -118,6 +118,7 @@ _USER_ERRORS = (
     UsageError,
     flags.Error,
     ValueError,
+    FileExistsError,
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,
@@ -655,9 +656,10 @@ def _join(values: flags.FlagValues, module: types.ModuleType) -> None:
 
 
 def _keep_programs(folder: str) -> None:
-    """Let JAX keep what it compiles in a folder that nobody else can write to.
+    """Let JAX keep what it compiles in a folder of this user that is not open to everybody.
 
-    A compiled program that is read is run: who can write there can make this process do anything.
+    A compiled program that is read is run: who can write there can make this process do anything. A
+    group that may is trusted.
     """
     path = Path(folder).expanduser().absolute()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)

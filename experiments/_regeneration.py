@@ -85,7 +85,8 @@ def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dic
 
 
 def rng(settings: Any, *path: int) -> jax.Array:
-    """0 bank, 1 own images, 2 processing, 3 calibration, 4 suspects, 5 the study's sources."""
+    """0 bank, 1 own images, 2 processing, 3 calibration, 4 suspects, 5 the study's sources, 6 own
+    images that an attributor is tried on."""
     found = jax.random.key(settings.seed)
     for part in path:
         found = jax.random.fold_in(found, part)

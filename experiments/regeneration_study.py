@@ -117,7 +117,8 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                 stage = f"searched-{number}-{kind}-{source}"
                 found[source] = record.stage(stage, compute, text=text)
                 seconds[source] = record.seconds[stage] / len(images)
-            by_kind[kind] = _described(config, found, seconds, generator.latent_dim)
+            num_unknowns = generator.latent_dim + _regeneration.num_unknowns(kind)
+            by_kind[kind] = _described(config, found, seconds, num_unknowns)
             if kind == config.processing[0]:
                 errors[Path(name).stem] = found["own"]["rmse"]
                 rest = [found[source]["rmse"] for source in config.sources]
@@ -196,7 +197,7 @@ def _train_on(config, record, number: int, generator, entry) -> dict[str, np.nda
     return {"images": sampling.generate(after, jax.random.fold_in(rng, 0), config.num_images)}
 
 
-def _described(config: Config, found, seconds, latent_dim: int) -> dict[str, Any]:
+def _described(config: Config, found, seconds, num_unknowns: int) -> dict[str, Any]:
     own = found["own"]
     errors = own["rmse"].astype(float)
     half = len(errors) // 2
@@ -232,7 +233,7 @@ def _described(config: Config, found, seconds, latent_dim: int) -> dict[str, Any
         "threshold": threshold,
         "codimension": tail.codimension,
         "codimension_low": tail.codimension_low,
-        "counted_codimension": float(np.median(proof.counted_codimension(counted, latent_dim))),
+        "counted_codimension": float(np.median(proof.counted_codimension(counted, num_unknowns))),
         "rounding_refused": _share_below(
             proof.rounding_p_value(own["misfit"], own["equations"])[own["proved"]], 0.05
         ),

@@ -76,7 +76,8 @@ def score_on_cluster(
       source: the arguments of `records.open_source`.
       output: from `corpora.open_output`, in a folder that all machines share.
       attributor: the bundle, where all machines can read it.
-      shards: their numbers, as from `corpora.missing`.
+      shards: their numbers, as from `corpora.missing`. Decoding starts anew with each: few large
+        ones are faster than many small ones.
       num_actors: by default one per GPU, or per machine if there are no GPUs.
       should_stop: asked after every shard.
       progress: told how many more records are scored.

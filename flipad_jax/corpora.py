@@ -359,8 +359,11 @@ def open_output(
         size.
       format: one of `FORMATS`.
       write: whether to write the manifest if there is none; one of several processes does.
+    Returns:
+      What is scored by what, for the other functions here.
     Raises:
-      ValueError: if the folder holds scores of another source, attributor, rate, size or format;
+      ValueError: for a bad shard_size, format or rate, or a bundle that cannot be read; or if the
+        folder holds scores of another source, attributor, rate, size or format;
         nothing in it is changed then.
     """
     if shard_size < 1 or format not in FORMATS:
@@ -514,7 +517,8 @@ def finish(
       and the counts of verdicts, doubts and unconverged inversions.
     Raises:
       Preempted: if it should stop before all are there.
-      ValueError: if shards are missing that nobody is at.
+      ValueError: if shards are missing and `others` is false. If it is true they are waited for
+        until `should_stop`, also those of a process that has died.
     """
     left = missing(output)
     if left and not others:

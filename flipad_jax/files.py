@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import uuid
 from typing import TextIO
 
 __all__ = ["CsvLines", "write_atomically"]
@@ -15,7 +16,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # No process number: several machines that share a folder may have the same ones.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().int}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)

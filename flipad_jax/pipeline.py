@@ -259,6 +259,7 @@ def _folder_records(found: data.FolderSplit) -> _Records:
         raise ValueError(f"none of the {found.num_files} image files in {found.root} can be read")
 
     def image(number: int) -> tuple[np.ndarray | None, str | None]:
-        return data.decode_image(os.path.join(found.root, found.paths[number]), found.shape)
+        # Not `decode_image`: its filters of warnings are no matter of threads.
+        return data.decode(os.path.join(found.root, found.paths[number]), found.shape)
 
     return _Records(len(found.paths), found.shape, lambda i: found.paths[i], image)

@@ -230,30 +230,15 @@ class _ArrayRecords:
         self, record: bytes | None, reason: str | None, shape: tuple[int, int, int] | None
     ) -> Decoded:
         if record is not None and record.startswith(b"\n"):  # as no image does
-            record, reason = self._image_of_example(record)
+            record, reason = tfds_images.image_of_example(record, self._feature)
         return (None, reason) if record is None else data.decode(record, shape)
-
-    def _image_of_example(self, record: bytes) -> tuple[bytes | None, str | None]:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        try:
-            features = tf_example_pb2.Example.FromString(record).features.feature
-        except Exception:  # what protocol buffers raise is a matter of their own
-            return None, "neither an image nor a tf.train.Example"
-        if self._feature not in features:
-            names = ", ".join(sorted(features)) or "none"
-            return None, f"has no feature {self._feature}; its features are: {names}"
-        values = features[self._feature].bytes_list.value
-        if len(values) != 1:
-            return None, f"holds {len(values)} pictures in {self._feature}, one is expected"
-        return values[0], None
 
     def _check_first(self) -> None:
         """Refuse a wrong name of a feature before all records are found to have none."""
         with self._lock:
             ((record, _),) = self._read(0, 1)
         if record is not None and record.startswith(b"\n"):
-            _, reason = self._image_of_example(record)
+            _, reason = tfds_images.image_of_example(record, self._feature)
             if reason is not None and "no feature" in reason:
                 raise ValueError(f"{self.name(0)} {reason}. Give the one that is the image")
 

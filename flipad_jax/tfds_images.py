@@ -336,11 +336,35 @@ def _read_in_order(split: Split) -> Iterator[tuple[int, tuple[bytes | None, str 
         yield from zip(batch, records, strict=True)
 
 
-def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
-    """The image of a record, cut and resized.
+def image_of_example(record: bytes, feature: str) -> tuple[bytes | None, str | None]:
+    """The encoded image in a tf.train.Example.
 
-    Of a record, a tf.train.Example, only the image is looked at: the forty attributes of a face
-    would take TFDS longer to decode than the face.
+    Only it is looked at: the forty attributes of a face would take TFDS longer to decode than the
+    face.
+
+    Args:
+      record: an Example, serialised.
+      feature: name of the image in it.
+    Returns:
+      `(bytes, None)`, or `(None, the reason why there is none)`; never an exception.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+    except Exception:  # what protocol buffers raise is a matter of their own
+        return None, "neither an image nor a tf.train.Example"
+    if feature not in features:
+        names = ", ".join(sorted(features)) or "none"
+        return None, f"has no feature {feature}; its features are: {names}"
+    values = features[feature].bytes_list.value
+    if len(values) != 1:
+        return None, f"holds {len(values)} pictures in {feature}, one is expected"
+    return values[0], None
+
+
+def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
+    """The image of a record, a tf.train.Example, cut and resized.
 
     Args:
       split: from `open_split`.
@@ -349,12 +373,11 @@ def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
       `(uint8 [h, w, c], None)`, or `(None, the reason why there is no image)`; a bad record is
       never an exception.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
     channels = split.shape[2]
+    encoded, missing = image_of_example(record, split.feature)
+    if encoded is None:
+        return None, missing
     try:
-        found = tf_example_pb2.Example.FromString(record).features.feature
-        encoded = b"".join(found[split.feature].bytes_list.value)
         with Image.open(io.BytesIO(encoded), formats=data._FORMATS) as opened:
             reason = data._why_unusable(opened, encoded[:26])
             if reason is None and channels == 1 and opened.mode not in ("1", "L"):

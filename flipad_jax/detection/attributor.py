@@ -333,7 +333,7 @@ def _batches(
         yield start, count, images[np.minimum(np.arange(start, start + padded), start + count - 1)]
 
 
-def _in_parts(
+def _kept_parts(
     layer: FinalLayer,
     config: AttributorConfig,
     num_images: int,
@@ -366,7 +366,7 @@ def _profile(own: features.Moments) -> ActivationProfile:
     return ActivationProfile(own.mean, jnp.sqrt(variance + floor), int(own.num_samples))
 
 
-def _deepsad_detector(raw, in_parts, own_images, real_images, rng, config, progress, kept):
+def _deepsad_detector(raw, kept_parts, own_images, real_images, rng, config, progress, kept):
     """DeepSAD and, if it looks at activations, the profile of own ones.
 
     Features of all images are never in memory at once if they are large: see `feature_rows`.
@@ -393,7 +393,7 @@ def _deepsad_detector(raw, in_parts, own_images, real_images, rng, config, progr
             return found
 
         rows, moments = None, None
-        for first, part in in_parts(len(images), name, compute):
+        for first, part in kept_parts(len(images), name, compute):
             for place in range(len(part["mean"]) if config.features == "activations" else 0):
                 once = features.Moments(*(part[field][place] for field in features.Moments._fields))
                 moments = once if moments is None else _merge_moments(moments, once)
@@ -521,8 +521,8 @@ def fit(
     z_bar = jnp.asarray(z_bar)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
 
-    def in_parts(num_images, name, compute):
-        return _in_parts(layer, config, num_images, name, kept, compute)
+    def kept_parts(num_images, name, compute):
+        return _kept_parts(layer, config, num_images, name, kept, compute)
 
     calibrating, rest = order[:num_calibration], order[num_calibration:]
     profile = None
@@ -539,7 +539,7 @@ def fit(
             found = raw(chosen, "inverting own images", first, last)
             return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
 
-        for start, part in in_parts(len(chosen), "own", activations):
+        for start, part in kept_parts(len(chosen), "own", activations):
             rows = part["rows"]
             cut = min(max(len(reference) - start, 0), len(rows))
             if cut:
@@ -569,7 +569,7 @@ def fit(
         )
     else:
         detector, profile = _deepsad_detector(
-            raw, in_parts, generated[rest], real, train_rng, config, progress, kept
+            raw, kept_parts, generated[rest], real, train_rng, config, progress, kept
         )
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
 
@@ -583,14 +583,15 @@ def fit(
     def calibration_scores(first, last):
         found = parallel.in_parts(judge, generated[calibrating[first:last]])
         # What would get no verdict sets no threshold.
-        return {"score": found.score[found.converged]}
+        return {"score": found.score[found.converged & np.isfinite(found.score)]}
 
     scores = np.concatenate(
-        [part["score"] for _, part in in_parts(num_calibration, judged, calibration_scores)]
+        [part["score"] for _, part in kept_parts(num_calibration, judged, calibration_scores)]
     )
     if len(scores) < num_calibration:
         logging.warning(
-            "%d of %d calibration images are left out: their inversion did not reach tol=%g",
+            "%d of %d calibration images are left out: their inversion did not reach tol=%g, or "
+            "their score is not finite",
             num_calibration - len(scores),
             num_calibration,
             config.tol,
@@ -598,7 +599,8 @@ def fit(
     if not len(scores):
         raise ValueError(
             f"none of {num_calibration} inversions of calibration images reached tol={config.tol} "
-            f"in {config.max_iters} iterations: allow more iterations or a larger tol"
+            f"in {config.max_iters} iterations and has a finite score: allow more iterations or a "
+            "larger tol"
         )
     return dataclasses.replace(attributor, calibration_scores=np.sort(scores))
 

@@ -527,6 +527,8 @@ def fit(
     init_rng, shuffle_rng = jax.random.split(rng)
     if state is None:
         state = with_centre(init(init_rng, own.shape[1:], config), own, real, config)
+    if isinstance(own, jax.Array) and isinstance(real, jax.Array):  # to all devices once
+        own, real = parallel.replicate((own, real), parallel.mesh(config.batch_size))
     while (epoch := int(state.epoch)) < config.epochs:
         state, value = train_epoch(shuffle_rng, state, own, real, config)
         if not np.isfinite(value):

@@ -362,7 +362,8 @@ def train(
         source = _Array(gan, images, 128 if batch_size is None else batch_size)
     if not seeds or num_steps < 0 or report_every < 1 or checkpoint_every < 1:
         raise ValueError(
-            "seeds must not be empty; num_steps, report_every and checkpoint_every must be positive"
+            "seeds must not be empty, num_steps not negative, report_every and checkpoint_every "
+            "positive"
         )
     states = parallel.replicate(init_seeds(gan, jnp.asarray(seeds, jnp.uint32)), source.mesh)
     step = 0
@@ -417,6 +418,8 @@ class _Array:
             raise ValueError(
                 f"training images must be uint8, got {images.dtype}; see data.to_uint8"
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
         if len(images) < batch_size:
             raise ValueError(
                 f"{len(images)} images are fewer than one batch of {batch_size}: lower the batch "
