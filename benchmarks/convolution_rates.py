@@ -8,6 +8,11 @@ per layer: milliseconds (median) and GFLOP/s; then the rate of one large matrix 
 fast as this machine gets, and how many milliseconds the products of a whole training step take:
 generator forward and backward once, discriminator forward three times, backward to its kernels
 twice, backward to its input three times.
+
+    python benchmarks/convolution_rates.py --wide
+
+The layers of networks for 64 x 64 images instead, batch 128, beside what JAX itself makes of the
+same convolutions and their gradients.
 """
 
 import json
@@ -17,15 +22,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jax import lax
 
 from flipad_jax.generators import layers
 
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Timed calls.", lower_bound=1)
 
-_BATCH = 64
+_WIDE = flags.DEFINE_bool("wide", False, "Layers for 64 x 64, ours beside JAX's own.")
+
 # (side of the input, channels in, out, stride, padding), windows of 4 x 4.
 GENERATOR = ((1, 64, 128, 1, 0), (4, 128, 64, 2, 1), (8, 64, 64, 2, 1), (16, 64, 1, 2, 1))
 DISCRIMINATOR = ((32, 1, 64, 2, 1), (16, 64, 64, 2, 1), (8, 64, 128, 2, 1))
+WIDE = (
+    ("convolution", (64, 15, 32, 2, 1)),
+    ("convolution", (32, 32, 64, 2, 1)),
+    ("transposed", (32, 32, 15, 2, 1)),
+    ("transposed", (16, 64, 32, 2, 1)),
+)
+
+
+def plain(x, kernel, stride, padding):
+    """A convolution whose gradients are JAX's."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def plain_transposed(x, kernel, stride, padding):
+    """A transposed convolution as JAX's documentation writes it, with its gradients."""
+    pads = [(size - 1 - padding,) * 2 for size in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x,
+        kernel[::-1, ::-1],
+        (1, 1),
+        pads,
+        lhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def milliseconds(function, *args):
@@ -40,10 +77,10 @@ def milliseconds(function, *args):
     return 1e3 * float(np.median(times))
 
 
-def measure(layer, side, c, k, stride, padding):
+def measure(layer, side, c, k, stride, padding, *, batch=64):
     """Milliseconds of a layer and its two gradients, and GFLOP of each of them."""
     x_rng, kernel_rng = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(x_rng, (_BATCH, side, side, c))
+    x = jax.random.normal(x_rng, (batch, side, side, c))
     kernel = jax.random.normal(kernel_rng, (4, 4, c, k))
 
     def forward(x, kernel):
@@ -56,17 +93,33 @@ def measure(layer, side, c, k, stride, padding):
         return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](out)
 
     out = forward(x, kernel)
-    positions = side**2 if layer is layers.conv_transpose else out.shape[1] ** 2
+    positions = min(side, out.shape[1]) ** 2
     found = {
         "forward": milliseconds(forward, x, kernel),
         "at_input": milliseconds(at_input, x, kernel, out),
         "at_kernel": milliseconds(at_kernel, x, kernel, out),
     }
-    return found, 2 * _BATCH * positions * 16 * c * k / 1e9
+    return found, 2 * batch * positions * 16 * c * k / 1e9
+
+
+def wide():
+    """Ours and JAX's own, layer by layer."""
+    forms = {
+        "convolution": {"ours": layers.conv, "jax": plain},
+        "transposed": {"ours": layers.conv_transpose, "jax": plain_transposed},
+    }
+    for kind, shape in WIDE:
+        line = {"layer": f"{kind} {shape[0]} x {shape[0]} x {shape[1]} to {shape[2]}"}
+        for name, layer in forms[kind].items():
+            found, _ = measure(layer, *shape, batch=128)
+            line[name] = {f"{what}_ms": round(value, 1) for what, value in found.items()}
+        print(json.dumps(line), flush=True)
 
 
 def main(_):
     """Measure all layers."""
+    if _WIDE.value:
+        return wide()
     step = {"milliseconds": 0.0, "gflop": 0.0}
     for name, layer, shapes in (
         ("generator", layers.conv_transpose, GENERATOR),

@@ -27,11 +27,21 @@ from experiments._generators import FAMILY_NAMES
 from experiments._record import write_atomically
 from flipad_jax import __version__, conventions, data, inception, metrics, perturbations
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import bundle, calibration, features, fingerprint, latent_inversion
+from flipad_jax.detection import (
+    bundle,
+    calibration,
+    features,
+    fingerprint,
+    latent_inversion,
+    processing,
+    proof,
+    regeneration,
+)
 from flipad_jax.detection.attributor import AttributorConfig
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.latent_inversion import LatentInversionConfig
+from flipad_jax.detection.regeneration import RegenerationConfig
 from flipad_jax.generators import impostors, sampling
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.inversion.final_layer import FinalLayer
@@ -48,6 +58,7 @@ __all__ = [
     "cell",
     "check",
     "model",
+    "own_rng",
     "plan",
     "real_images",
     "settings_texts",
@@ -64,7 +75,9 @@ METHODS = {
     "dctpad": "DCTPAD",
     "flipad": "FLIPAD",
     "one_class": "one-class",
+    "one_class_many": "one-class, many own",
     "one_class_impostors": "one-class + impostors",
+    "regeneration": "regeneration",
 }
 _FEATURES = {"rawpad": "pixels", "dctpad": "dct", "flipad": "activations"}
 
@@ -108,7 +121,10 @@ class Sources:
 class Settings(Sources):
     """Settings of the tables: those of the sources, and those of the methods."""
 
-    methods: tuple[str, ...] = setting(tuple(METHODS), "Rows.", choices=tuple(METHODS))
+    # Regeneration takes more time than all others together.
+    methods: tuple[str, ...] = setting(
+        tuple(name for name in METHODS if name != "regeneration"), "Rows.", choices=tuple(METHODS)
+    )
     fnr: float = setting(
         0.005, "Share of own images that may be rejected.", lower_bound=0.0, upper_bound=1.0
     )
@@ -120,11 +136,22 @@ class Settings(Sources):
     pixel_widths: tuple[int, ...] = setting(
         (16, 32, 64), "RawPAD's and DCTPAD's encoder.", lower_bound=1
     )
-    num_with_impostors: int = setting(
-        10_000, "Own images for the one-class detector with impostors.", lower_bound=64
+    num_many: int = setting(
+        10_000,
+        "Own images for the one-class detector that is given many, and for that with impostors.",
+        lower_bound=64,
     )
     num_impostors: int = setting(8192, "Images of impostors of ours.", lower_bound=64)
-    impostor_steps: int = setting(700, "Training steps on those.", lower_bound=1)
+    num_altered: int = setting(
+        8192,
+        "Altered copies of own images that the one-class detector learns; 0: none.",
+        lower_bound=0,
+    )
+    classifier_steps: int = setting(
+        900,
+        "Training steps on altered copies, and as many on impostors.",
+        lower_bound=1,
+    )
     inversion_images: int = setting(
         24, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
     )
@@ -136,6 +163,15 @@ class Settings(Sources):
         choices=("ms_ssim", "inception"),
     )
     inception_weights: str = setting("", "File of Inception-V3 weights, torchvision's names.")
+    regeneration_images: int = setting(
+        24,
+        "Regeneration: images of every source, and own ones that calibrate.",
+        lower_bound=4,
+    )
+    regeneration_starts: int = setting(4, "Regeneration: starts per image, at most.", lower_bound=1)
+    regeneration_bank: int = setting(
+        8192, "Regeneration: own images with known latents to start from.", lower_bound=1
+    )
     reuse: str = setting("", "Workdir of another run, whose fitted attributors are taken.")
 
 
@@ -156,12 +192,16 @@ SMOKE: dict[str, Any] = {
     "epochs": 1,
     "activation_widths": (8, 8),
     "pixel_widths": (8, 8),
-    "num_with_impostors": 300,
+    "num_many": 300,
     "num_impostors": 128,
-    "impostor_steps": 10,
+    "num_altered": 128,
+    "classifier_steps": 10,
     "inversion_images": 8,
     "inversion_steps": 10,
     "inversion_restarts": 2,
+    "regeneration_images": 4,
+    "regeneration_starts": 1,
+    "regeneration_bank": 500,
 }
 
 SOURCES_PAPER: dict[str, Any] = {
@@ -181,12 +221,14 @@ PAPER: dict[str, Any] = {
     "epochs": 50,
     "activation_widths": ENCODER_WIDTHS["activations"],
     "pixel_widths": ENCODER_WIDTHS["pixels"],
-    "num_with_impostors": 15_000,
+    "num_many": 15_000,
     "num_impostors": 20_480,
-    "impostor_steps": 1800,
+    "num_altered": 20_480,
+    "classifier_steps": 1800,
     "inversion_images": 1000,
     "inversion_steps": 1000,
     "inversion_restarts": 10,
+    "regeneration_images": 200,
 }
 
 
@@ -216,13 +258,13 @@ class _Question(NamedTuple):
     treatment: str  # of the images that are learned from: a perturbation, or "none"
     sources: Mapping[str, np.ndarray]  # test images, treated
 
-    def treated(self, images: np.ndarray, index: int) -> np.ndarray:
-        """Images that are learned from, as they are seen; `index` names the set of images."""
-        return _perturbed(self.treatment, images, self.ours, index)
+    def untreated(self, count: int) -> np.ndarray:
+        """The first images of our generator's stream."""
+        return sampling.generate(self.ours.generator, own_rng(self.ours), count)
 
     def own(self, count: int) -> np.ndarray:
-        """The first images of our generator's stream, as they are seen."""
-        return self.treated(sampling.generate(self.ours.generator, _own_rng(self.ours), count), 0)
+        """The same as they are seen."""
+        return _perturbed(self.treatment, self.untreated(count), self.ours, 0)
 
 
 def check(settings: Settings) -> None:
@@ -231,12 +273,24 @@ def check(settings: Settings) -> None:
     Raises:
       ValueError: for doubled seeds, families or methods, or sizes that contradict each other.
     """
-    check_once(settings, "seeds", "families", "methods")
-    if settings.num_with_impostors < 2 * settings.num_calibration + 64:
+    check_once(settings, "seeds", "families")
+    if settings.methods:  # An experiment may have rows of its own.
+        check_once(settings, "methods")
+    if 0 < settings.num_altered < 16:
+        raise ValueError(f"--num_altered={settings.num_altered}: expected 16 at least, or 0")
+    if settings.num_many < 2 * settings.num_calibration + 64:
         raise ValueError(
-            f"--num_with_impostors={settings.num_with_impostors}: two parts of "
+            f"--num_many={settings.num_many}: two parts of "
             f"{settings.num_calibration} are for reference and calibration, and 64 at least to fit"
         )
+    searches = {"sm_inv": "inversion_images", "regeneration": "regeneration_images"}
+    for method, name in searches.items():
+        asked = any(row.startswith(method) for row in settings.methods)
+        if asked and getattr(settings, name) > settings.num_test:
+            raise ValueError(
+                f"--{name}={getattr(settings, name)}: there are --num_test={settings.num_test} "
+                "images of every source"
+            )
     if settings.perceptual == "inception" and not settings.inception_weights:
         raise ValueError("--perceptual=inception needs --inception_weights=FILE")
 
@@ -252,7 +306,8 @@ def model(settings: Sources, record: Run, family: str, seed: int, generator) -> 
     return Model(family, seed, generator, sampling.final_layer(generator), z_bar)
 
 
-def _own_rng(ours: Model) -> jax.Array:
+def own_rng(ours: Model) -> jax.Array:
+    """Names the stream of a generator's own images."""
     return jax.random.fold_in(jax.random.key(ours.seed), 1)
 
 
@@ -274,9 +329,9 @@ def tests(
     """Test images by source: "own", "real" and the rivals, `num_test` of each."""
     first = 0
     if isinstance(settings, Settings):  # Own images before are learned from.
-        first = max(settings.num_own + settings.num_calibration, settings.num_with_impostors)
+        first = max(settings.num_own + settings.num_calibration, settings.num_many)
     found = {
-        "own": sampling.generate(ours.generator, _own_rng(ours), settings.num_test, first=first),
+        "own": sampling.generate(ours.generator, own_rng(ours), settings.num_test, first=first),
         "real": real_images(settings, "test", settings.num_test),
     }
     for name, generator in rivals.items():
@@ -287,7 +342,9 @@ def tests(
     return found
 
 
-def _attributor_config(method: str, settings: Settings, num_generated: int) -> AttributorConfig:
+def _attributor_config(
+    method: str, settings: Settings, num_generated: int, treatment: str = "none"
+) -> AttributorConfig:
     # Half an image more: the product with the number of images is cut to a whole number.
     share = (settings.num_calibration + 0.5) / num_generated
     common: dict[str, Any] = {
@@ -296,6 +353,7 @@ def _attributor_config(method: str, settings: Settings, num_generated: int) -> A
         "max_iters": settings.max_iters,
         "calibration_share": share,
         "check_untouched": False,
+        "immunize": treatment,
         "convention": settings.convention,
     }
     if method in _FEATURES:
@@ -305,8 +363,11 @@ def _attributor_config(method: str, settings: Settings, num_generated: int) -> A
         return AttributorConfig(
             detector="deepsad", features=_FEATURES[method], deepsad=deepsad, **common
         )
-    steps = settings.impostor_steps
-    return AttributorConfig(impostor=ImpostorClassifierConfig(num_steps=steps), **common)
+    return AttributorConfig(
+        classifier=ClassifierConfig(num_steps=settings.classifier_steps),
+        num_altered=settings.num_altered,
+        **common,
+    )
 
 
 def cell(
@@ -317,7 +378,7 @@ def cell(
     sources: Mapping[str, np.ndarray],
     *,
     perturbation: str = "none",
-    immunized: bool = True,
+    learned: str = "none",
 ) -> dict[str, Any]:
     """Fit a method to our generator and score images of all sources: a stage of the run.
 
@@ -327,8 +388,7 @@ def cell(
       ours: our generator.
       sources: test images by source, from `tests`.
       perturbation: what happens to the images, see `perturbations.apply`.
-      immunized: whether it happens to the images that are learned from, too, or to test images
-        only.
+      learned: what happens to the images that are learned from, another name of that kind.
     Returns:
       `metrics.summary` of the scores, and the seconds that it took. Images whose inversion missed
       its tolerance are undecided; a warning counts them.
@@ -336,15 +396,15 @@ def cell(
     name = f"{method}-{ours.name}" + ("" if perturbation == "none" else f"-{perturbation}")
     text = f"{METHODS[method]}, ours is {FAMILY_NAMES[ours.family]} {ours.seed}"
     if perturbation != "none":
-        text += f", {perturbation}" + ("" if immunized else " of test images only")
+        text += f", {perturbation}"
+        text += "" if learned == perturbation else f", learned from {learned}"
 
     def compute():
         shown = {
             source: _perturbed(perturbation, images, ours, 10 + i)
             for i, (source, images) in enumerate(sources.items())
         }
-        treatment = perturbation if immunized else "none"
-        question = _Question(settings, record, method, ours, name, treatment, shown)
+        question = _Question(settings, record, method, ours, name, learned, shown)
         return _SCORERS.get(method, _score_attributor)(question)
 
     arrays = record.stage(name, compute, text=text)
@@ -363,28 +423,32 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     """RawPAD, DCTPAD, FLIPAD and the one-class detectors."""
     settings, method, ours = question.settings, question.method, question.ours
     with_impostors = method == "one_class_impostors"
-    count = settings.num_with_impostors
-    if not with_impostors:
-        count = settings.num_own + settings.num_calibration
-    config = _attributor_config(method, settings, count)
+    count = settings.num_own + settings.num_calibration
+    if with_impostors or method == "one_class_many":
+        count = settings.num_many
+    config = _attributor_config(method, settings, count, question.treatment)
     made_by = _made_by(question, config, count)
-    path = question.record.workdir / "attributors" / question.name
-    fitted = _reused(settings.reuse, question, made_by)
+    treated = "" if question.treatment == "none" else f"-{question.treatment}"
+    name = f"{method}-{ours.name}{treated}"
+    path = question.record.workdir / "attributors" / name
+    # This run's own one, where another cell has fitted it already, or that of the run to reuse.
+    fitted = _reused(path, question, made_by)
+    if fitted is None and settings.reuse:
+        fitted = _reused(Path(settings.reuse) / "attributors" / name, question, made_by)
     kept = question.record.kept(question.name)
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
         if fitted is None:
             real = changed = None
             if config.detector == "deepsad":
-                real = question.treated(real_images(settings, "train", settings.num_real), 1)
+                real = real_images(settings, "train", settings.num_real)
             if with_impostors:
                 rng = jax.random.fold_in(jax.random.key(ours.seed), 5)
                 changed = impostors.generate(ours.generator, rng, settings.num_impostors)
-                changed = question.treated(changed, 2)
             fitted = attribution.fit(
                 ours.layer,
                 ours.z_bar,
-                question.own(count),
+                question.untreated(count),
                 real,
                 rng=jax.random.fold_in(jax.random.key(ours.seed), 4),
                 impostors=changed,
@@ -394,9 +458,7 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
             )
         bundle.save(fitted, path)
         facts = {**made_by, "commit": question.record.commit}
-        write_atomically(
-            path.with_name(f"{question.name}.json"), json.dumps(facts, indent=1) + "\n"
-        )
+        write_atomically(path.with_name(f"{name}.json"), json.dumps(facts, indent=1) + "\n")
         seconds = time.monotonic() - start
 
         def scores_of(images):
@@ -437,25 +499,23 @@ def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[
         "num_images": count,
         "real": [settings.dataset, settings.data_seed, settings.image_size, settings.num_real],
         "num_impostors": settings.num_impostors,
-        "treatment": question.treatment,
     }
 
 
 def _reused(
-    workdir: str, question: _Question, made_by: dict[str, Any]
+    path: Path, question: _Question, made_by: dict[str, Any]
 ) -> attribution.Attributor | None:
-    """The attributor of another run, if there is one and it was made by the same settings."""
-    path = Path(workdir) / "attributors" / question.name
+    """The attributor that lies there, if there is one and it was made by the same settings."""
     try:
-        facts = json.loads(path.with_name(f"{question.name}.json").read_text())
+        facts = json.loads(path.with_name(f"{path.name}.json").read_text())
     except (OSError, ValueError, RecursionError):  # None was made, or the file is damaged.
         return None
     commit = facts.pop("commit", None) if isinstance(facts, dict) else None
-    if not workdir or facts != made_by:
+    if facts != made_by:
         return None
     if commit != question.record.commit:
         question.record.warn(
-            f"the attributor {question.name} was fitted by commit {commit}, this is "
+            f"the attributor {path.name} was fitted by commit {commit}, this is "
             f"{question.record.commit}"
         )
     return bundle.load(path)
@@ -499,10 +559,55 @@ def _score_latent_inversion(question: _Question) -> dict[str, np.ndarray]:
     return scores
 
 
+def _score_regeneration(question: _Question) -> dict[str, np.ndarray]:
+    """How far the nearest image that our generator can be found to make is off, in grey levels;
+    under noise that the detector is told of, by how much more than that noise (`noise_excess`).
+
+    Where images were processed and the detector is told how (`learned`), so is the search. One that
+    is told "any" or nothing searches for untouched images, and finds none.
+    """
+    settings, ours = question.settings, question.ours
+    rng = jax.random.fold_in(jax.random.key(ours.seed), 8)
+    bank = regeneration.make_bank(
+        ours.generator, jax.random.fold_in(rng, 0), settings.regeneration_bank
+    )
+    config = RegenerationConfig(num_starts=settings.regeneration_starts)
+    # What is known to have happened to the images is searched with the latent.
+    kind, _, strength = question.treatment.partition("-")
+    known = processing.get(kind) if kind in processing.NAMES else None
+    count = settings.regeneration_images
+    asked = {source: images[:count] for source, images in question.sources.items()}
+    asked["calibration"] = question.own(count)
+    kept = question.record.kept(question.name)
+    scores = {}
+    with question.record.parts(METHODS[question.method]) as progress:
+        for index, (source, images) in enumerate(asked.items()):
+
+            def search(index=index, source=source, images=images):
+                found = regeneration.regenerate(
+                    ours.generator,
+                    images,
+                    jax.random.fold_in(rng, 1 + index),
+                    config,
+                    bank=bank,
+                    processing=known,
+                    progress=functools.partial(progress, f"searching {source}"),
+                )
+                if kind == "noise" and float(strength) > 0:
+                    excess = proof.noise_excess(found.image, images, 255 * float(strength))
+                    return {"score": excess}
+                return {"score": found.rmse}
+
+            scores[source] = kept.part(f"scores-{source}", search)["score"]
+    scores["calibration"] = np.sort(scores["calibration"])
+    return scores
+
+
 _SCORERS: dict[str, Callable[[_Question], dict[str, np.ndarray]]] = {
     "sm_f": _score_fingerprint,
     "sm_inv_l2": _score_latent_inversion,
     "sm_inv_perceptual": _score_latent_inversion,
+    "regeneration": _score_regeneration,
 }
 
 
@@ -550,16 +655,27 @@ def plan(
                 cells.append(step._replace(calls=step.calls * num_cells))
                 if method == "flipad":
                     inverted += count + settings.num_calibration + num_tests
-            elif method == "one_class":
+            elif method.startswith("one_class"):
+                shapes = {
+                    "images": generator.image_shape,
+                    "activations": layer.operator.input_shape,
+                }
+                learned = [("altered copies", reads) for reads in shapes if settings.num_altered]
+                config = _attributor_config(method, settings, num_supervised)
+                inverted += attribution.num_altered_inverted(layer, config)
                 inverted += num_supervised + num_tests
-            elif method == "one_class_impostors":
-                inverted += AttributorConfig.num_inverted + 2 * settings.num_calibration + num_tests
-                made = _plan.impostor_images(generator, settings.num_impostors * num_cells)
-                cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
-                steps = ImpostorClassifierConfig(num_steps=settings.impostor_steps)
-                step = _plan.impostor_training(generator.image_shape, steps)
-                name = f"{FAMILY_NAMES[family]}, {step.name}"
-                cells.append(step._replace(name=name, calls=step.calls * num_cells))
+                if method != "one_class":
+                    inverted += AttributorConfig.num_inverted - settings.num_own
+                    inverted += settings.num_calibration  # and as many again for reference
+                if method == "one_class_impostors":
+                    learned.append(("impostors", "images"))
+                    made = _plan.impostor_images(generator, settings.num_impostors * num_cells)
+                    cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
+                for lookalikes, reads in learned:
+                    steps = ClassifierConfig(num_steps=settings.classifier_steps)
+                    step = _plan.classifier_training(shapes[reads], steps, lookalikes, reads=reads)
+                    name = f"{shown}, {step.name}"
+                    cells.append(step._replace(name=name, calls=step.calls * num_cells))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(
@@ -568,6 +684,15 @@ def plan(
                         settings.inversion_steps,
                         settings.inversion_restarts,
                         name=f"{shown}: step",
+                    )
+                )
+            elif method == "regeneration":
+                searched = settings.regeneration_images * (num_sources + 1) * num_cells
+                cells.append(
+                    _plan.regeneration_search(
+                        generator,
+                        searched * settings.regeneration_starts,
+                        name=f"{shown}: Jacobian of a start",
                     )
                 )
         if inverted:
@@ -615,11 +740,15 @@ def _settings_text(settings: Settings) -> str:
         f"DeepSAD (RawPAD, DCTPAD, FLIPAD) {settings.num_real} real ones beside them in "
         f"{settings.epochs} epochs with encoders {pixel_widths} and {widths}; "
         f"{settings.num_calibration} other own images set the threshold at fnr {settings.fnr:g}. "
-        f"One-class learns own images only; with "
-        f"impostors {settings.num_with_impostors} of them and {settings.num_impostors} of changed "
-        f"copies of our generator. SM-Inv: {settings.inversion_images} images of every source, "
+        f"One-class learns own images and {settings.num_altered} altered copies of them; with "
+        f"many {settings.num_many} of them, with impostors as many and {settings.num_impostors} of "
+        "changed copies of our generator. SM-Inv: "
+        f"{settings.inversion_images} images of every source, "
         f"{settings.inversion_steps} steps, {settings.inversion_restarts} starts, second distance "
-        f"{settings.perceptual}. SM-F correlates residuals, as the published code does. "
+        f"{settings.perceptual}. Regeneration, if it is asked: {settings.regeneration_images} "
+        f"images of every source, {settings.regeneration_starts} starts at most, a bank of "
+        f"{settings.regeneration_bank}. These two learn nothing, and as many own images set their "
+        "threshold. SM-F correlates residuals, as the published code does. "
         "Accuracy is the mean of own accepted and rival rejected, at best "
         f"{100 * (1 - settings.fnr / 2):g} %."
     )

@@ -1,17 +1,22 @@
-"""The generators of an attribution experiment: from the zoo, from an earlier run, or trained now.
+"""The generators of an experiment: from the zoo, from an earlier run, or trained now.
 
-A generator is named by everything that made it (family, widths, data, seed, steps, ...). If the zoo
-has one of exactly these settings it is taken; if the folder `--generators` has one, that; if not it
-is trained, all missing seeds of a family together, and kept there. So experiments share generators,
-and no experiment ever meets one of other settings than its own.
+Those of the tables are named by families and seeds (`load`), others by the name or the file of one
+generator (`recorded`). For `load` a generator is named by everything that made it (family, widths,
+data, seed, steps, ...). If the zoo has one of exactly these settings it is taken; if the folder
+`--generators` has one, that; if not it is trained, all missing seeds of a family together, and kept
+there. So experiments share generators, and no experiment ever meets one of other settings than its
+own.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import _plan, train_generator
@@ -20,7 +25,21 @@ from flipad_jax import data
 from flipad_jax.generators import sampling, training, zoo
 from flipad_jax.generators.sampling import TrainedGenerator
 
-__all__ = ["FAMILY_NAMES", "RECIPES", "Recipe", "gan", "load", "plan", "recipe"]
+__all__ = [
+    "FAMILY_NAMES",
+    "RECIPES",
+    "Recipe",
+    "gan",
+    "jittered",
+    "load",
+    "next_seed",
+    "plan",
+    "recipe",
+    "recorded",
+    "recorded_gan",
+    "recorded_images",
+    "trained_on",
+]
 
 FAMILY_NAMES = {"dcgan": "DCGAN", "wgan_gp": "WGAN-GP", "lsgan": "LSGAN", "ebgan": "EBGAN"}
 RECIPES = ("paper", "small", "tiny")
@@ -206,6 +225,100 @@ def _train(family, seeds, entries, images: np.ndarray, settings, folder: Path, r
     for index, seed in enumerate(seeds):
         generator = sampling.from_state(model, training.take_seed(states, index))
         zoo.save_file(_path(folder, entries[seed]), generator, entries[seed])
+
+
+def recorded(flag: str, name: str) -> tuple[TrainedGenerator, dict[str, Any]]:
+    """A generator of the zoo, or of a file of `train_generator`, and its record.
+
+    Raises:
+      ValueError: if it is neither; what it was trained on would not be known. Names the flag.
+    """
+    if name in zoo.names():
+        return zoo.load(name), zoo.record(name)
+    if Path(name).is_file() and name.endswith(".safetensors") and zoo.is_record(name):
+        entry = zoo.record_file(name)
+        if {"dataset", "discriminator_features"} <= entry.keys():
+            return zoo.load_file(name), entry
+    raise ValueError(
+        f"--{flag}={name}: expected a generator of the zoo ({', '.join(zoo.names())}) or a file of "
+        "train_generator, which say what they were trained on"
+    )
+
+
+def next_seed(flag: str, name: str) -> str:
+    """The next seed of a generator of the zoo.
+
+    Raises:
+      ValueError: if the zoo has none. Names the flag that would name one.
+    """
+    family, _, seed = name.rpartition("_")
+    if name not in zoo.names() or f"{family}_{int(seed) + 1}" not in zoo.names():
+        raise ValueError(f"--{flag} is missing: no other seed of {name} is known")
+    return f"{family}_{int(seed) + 1}"
+
+
+def recorded_gan(entry: Mapping[str, Any], **options: Any) -> training.Gan:
+    """The model that a record describes, with other options of `zoo.make`."""
+    described = {
+        "convention": entry.get("convention", "paper"),
+        "latent_dim": entry["latent_dim"],
+        "features": tuple(entry["features"]),
+        "discriminator_features": tuple(entry["discriminator_features"]),
+    }
+    return zoo.make(entry["family"], tuple(entry["image_shape"]), **{**described, **options})
+
+
+def recorded_images(
+    entry: Mapping[str, Any], split: str, num_images: int | None = None
+) -> np.ndarray:
+    """Images of the data set that a record names, as `data.load` returns them."""
+    return data.load(
+        entry["dataset"],
+        split=split,
+        image_size=entry["image_shape"][0],
+        num_images=num_images,
+        seed=int(entry.get("data_seed", 0)),
+    )
+
+
+def trained_on(
+    gan: training.Gan,
+    generator: TrainedGenerator,
+    images: np.ndarray,
+    record: Run,
+    *,
+    seed: int,
+    num_steps: int,
+    batch_size: int,
+) -> TrainedGenerator:
+    """A generator after more updates, against a discriminator that begins anew.
+
+    Raises:
+      FloatingPointError: if the training diverged.
+    """
+    states = training.init_seeds(gan, jnp.array([seed], jnp.uint32))
+    states = states._replace(
+        generator=jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], generator.variables)
+    )
+    on_device = jnp.asarray(images)
+    with record.progress(num_steps, "training on") as bar:
+        for _ in range(num_steps):
+            states, losses = training.step_all(states, on_device, gan=gan, batch_size=batch_size)
+            bar.update(1)
+    if not np.isfinite(np.asarray(losses.generator)).all():
+        raise FloatingPointError("training on diverged")
+    return sampling.from_state(gan, training.take_seed(states, 0))
+
+
+def jittered(generator: TrainedGenerator, rng: jax.Array, strength: float) -> TrainedGenerator:
+    """A generator with noise in its last kernel, whose size stays what it was:
+    W' = sqrt(1 - a^2) W + a std(W) N(0, 1), a the strength in [0, 1]."""
+    params = dict(generator.variables["params"])
+    kernel = np.asarray(params["last"]["kernel"])
+    noise = np.asarray(jax.random.normal(rng, kernel.shape, np.float32))
+    changed = np.sqrt(1 - strength**2) * kernel + strength * kernel.std() * noise
+    params["last"] = {**params["last"], "kernel": changed.astype(kernel.dtype)}
+    return dataclasses.replace(generator, variables={**generator.variables, "params": params})
 
 
 def plan(settings: Any, family: str) -> _plan.Stage:

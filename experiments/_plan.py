@@ -34,12 +34,10 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from flipad_jax import data
-from flipad_jax.detection import deepsad, impostor_classifier, one_class, validity
+from flipad_jax.detection import classifier, deepsad, one_class, regeneration, validity
+from flipad_jax.detection.classifier import Classifier, ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSADConfig
-from flipad_jax.detection.impostor_classifier import (
-    ImpostorClassifier,
-    ImpostorClassifierConfig,
-)
+from flipad_jax.detection.regeneration import RegenerationConfig
 from flipad_jax.generators import impostors, sampling, training
 from flipad_jax.generators.sampling import TrainedGenerator
 from flipad_jax.generators.training import Gan
@@ -56,17 +54,18 @@ __all__ = [
     "Stage",
     "abstract_generator",
     "analyse",
+    "classifier_training",
     "deepsad_scoring",
     "deepsad_training",
     "gan_training",
     "generation",
     "impostor_images",
-    "impostor_training",
     "inversion",
     "latent_search",
     "lower_bound",
     "mean_activation",
     "principal_directions",
+    "regeneration_search",
     "report",
     "share",
     "this_machine",
@@ -368,7 +367,7 @@ def inversion(
 ) -> Stage:
     """`final_layer.invert`: one call is ten iterations, and their certificate, of one batch.
 
-    What ends a solve is not counted; for "primal_dual" that is a tenth of it.
+    What ends a solve is not counted; for "primal_dual" that is a fifth of it.
 
     Args:
       layer: the last layer, of arrays or shapes.
@@ -466,6 +465,41 @@ def latent_search(
     )
 
 
+# Of a start whose image is not ours, on average over 48 of digits_dcgan_0.
+_JACOBIANS_PER_START = 25
+
+
+def regeneration_search(
+    generator: TrainedGenerator, num_starts: int, *, name: str = "regeneration"
+) -> Stage:
+    """Search for the latent of an image by Levenberg and Marquardt's method (`regeneration`).
+
+    One call is one Jacobian of one image, which is nearly all of the work; calls are those of
+    images that are not ours. Own ones take fewer, and fewer starts. What a codec in the model adds
+    is left out.
+
+    Args:
+      generator: the model, of arrays or shapes.
+      num_starts: suspects times starts.
+      name: of the stage.
+    """
+    config = RegenerationConfig()
+    image = _floats(*generator.image_shape)
+
+    def jacobian(generator, image, z):
+        state = regeneration.init(z, image, config)
+        return regeneration.linearize((generator, None), image, state, config)
+
+    return Stage(
+        name,
+        jacobian,
+        (_abstract(generator), image, _floats(generator.latent_dim)),
+        calls=num_starts * _JACOBIANS_PER_START,
+        at_most=True,
+        num_parameters=_num_elements(generator.variables["params"]),
+    )
+
+
 def _deepsad_state(config: DeepSADConfig, shape: Sequence[int]) -> Any:
     return jax.eval_shape(lambda: deepsad.init(jax.random.key(0), tuple(shape), config))
 
@@ -524,31 +558,38 @@ def impostor_images(
     )
 
 
-def impostor_training(image_shape: tuple[int, int, int], config: ImpostorClassifierConfig) -> Stage:
-    """`impostor_classifier.fit`: one call is one step.
+def classifier_training(
+    input_shape: tuple[int, int, int],
+    config: ClassifierConfig,
+    learned: str,
+    *,
+    reads: str = "images",
+) -> Stage:
+    """`classifier.fit`, on images or activations of a shape: one call is one step.
 
     Its step stands inside `fit`, so the gradient of the network's own logits stands for it; the
     statistics of batch normalisation and AdamW, a thousandth, are not counted.
     """
-    h, w, c = image_shape
-    init = functools.partial(impostor_classifier._network(image_shape, config).init, train=False)
-    variables = jax.eval_shape(init, _rng(), _floats(1, h, w, 5 * c))
-    batch = 2 * config.batch_size  # as many own images as impostors
+    (h, w), c = classifier._seen(input_shape), input_shape[2]
+    scale = None if reads == "images" else _floats(c)
+    init = functools.partial(classifier._network(input_shape, config).init, train=False)
+    variables = jax.eval_shape(init, _rng(), _floats(1, h, w, c if scale else 5 * c))
+    batch = 2 * config.batch_size  # as many own images as others
 
     def step(model, images, labels):
         def loss(params):
             changed = model.replace(variables={**model.variables, "params": params})
-            found = impostor_classifier._logits(changed, images)
+            found = classifier._logits(changed, images)
             return optax.sigmoid_binary_cross_entropy(found, labels).mean()
 
         return jax.grad(loss)(model.variables["params"])
 
     return Stage(
-        "impostor network: training step",
+        f"network that learns {reads} of {learned}: training step",
         step,
         (
-            ImpostorClassifier(variables, image_shape, config),
-            _floats(batch, *image_shape),
+            Classifier(variables, scale, scale, input_shape, config),  # type: ignore[arg-type]
+            _floats(batch, h, w, c),
             _floats(batch),
         ),
         calls=config.num_steps,

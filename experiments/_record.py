@@ -39,6 +39,7 @@ import numpy as np
 import tqdm
 
 from experiments import _stopping
+from flipad_jax import files
 
 try:
     import fcntl
@@ -73,22 +74,9 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing so that readers, and later runs, see all of it or nothing.
-
-    The content goes to a file beside `path` and is moved there when the block ends well. SIGTERM
-    waits for that: what was computed is not lost.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with _stopping.held():
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    """`files.replacing`, for which SIGTERM waits: what was computed is not lost."""
+    with _stopping.held(), files.replacing(path) as file:
+        yield file
 
 
 def out_of_room(error: BaseException | None) -> bool:
@@ -800,10 +788,10 @@ def _clear(run: Run) -> None:
 
 
 def _is_debris(path: Path) -> bool:
-    """Whether a file is the lock, or what was being written (by `replacing`, or by
-    `files.write_atomically`) when the process was killed."""
+    """Whether a file is the lock, or what was being written by `files.replacing` (in older runs
+    under NAME.PID.tmp) when the process was killed."""
     return path.name == ".lock" or bool(
-        re.fullmatch(r".+\.(csv|flags|jsonl?|npz)\.\d+\.tmp|\..+\.\d+\.partial", path.name)
+        re.fullmatch(r"\..+\.\d+\.partial|.+\.(csv|flags|jsonl?|npz)\.\d+\.tmp", path.name)
     )
 
 

@@ -231,7 +231,7 @@ def _number(value: float) -> float | None:
 
 
 def _threshold(attributor: Attributor, fnr: float) -> float:
-    return calibration.threshold(attributor.calibration_scores, fnr)
+    return calibration.verdict_threshold(attributor.calibration_scores, fnr)
 
 
 def _decide(attributor: Attributor, block: list[Judged], fnr: float) -> list[Row]:

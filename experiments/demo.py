@@ -1,10 +1,10 @@
 """The main job: attribute images to one small generator, with four detectors, and show the result.
 
 Our model is the first DCGAN of the zoo (32x32 handwritten digits). Four detectors learn what its
-images look like: one-class from own images and those of impostors, changed copies of our own model;
-FLIPAD, RawPAD and DCTPAD (FLIPAD paper) from own and real images. They are then asked about images
-that nobody trained on: own ones, real ones, and those of rivals that differ from ours in little
-more than the seed. Nothing of a rival is ever used before the test.
+images look like: one-class from own images, altered copies of them, and images of impostors,
+changed copies of our own model; FLIPAD, RawPAD and DCTPAD (FLIPAD paper) from own and real images.
+They are then asked about images that nobody trained on: own ones, real ones, and those of rivals
+that differ from ours in little more than the seed. Nothing of a rival is ever used before the test.
 
 Writes a table, figures, report.html, the fitted attributor (WORKDIR/attributor) and the verdicts on
 a folder of PNG files. Two cores: two to three minutes; --preset=smoke: seconds.
@@ -26,15 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _plan, train_generator
+from experiments import _generators, _plan, train_generator
 from experiments._config import Run, setting
 from experiments._record import write_atomically
 from flipad_jax import data, metrics, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration, features
 from flipad_jax.detection.attributor import AttributorConfig
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.generators import impostors, sampling, training, zoo
 from flipad_jax.inversion.final_layer import invert
 
@@ -67,7 +67,12 @@ class Config:
         "Images of impostors of our own model, for the one-class detector; 0: none.",
         lower_bound=0,
     )
-    impostor_steps: int = setting(1000, "Training steps on those.", lower_bound=1)
+    num_altered: int = setting(
+        8192, "Altered copies of own images, for the one-class detector; 0: none.", lower_bound=0
+    )
+    classifier_steps: int = setting(
+        600, "Training steps on altered copies, and as many on impostors.", lower_bound=1
+    )
     num_real: int = setting(1500, "Real images that FLIPAD, RawPAD, DCTPAD learn.", lower_bound=8)
     num_test: int = setting(500, "Test images of every source.", lower_bound=8)
     num_mean: int = setting(5000, "Latents that the mean activation averages.", lower_bound=1)
@@ -88,7 +93,8 @@ PRESETS = {
         "num_generated": 400,
         "num_supervised": 400,
         "num_impostors": 256,
-        "impostor_steps": 30,
+        "num_altered": 256,
+        "classifier_steps": 30,
         "num_real": 128,
         "num_test": 40,
         "num_mean": 500,
@@ -101,7 +107,8 @@ PRESETS = {
         "num_generated": 20_000,
         "num_supervised": 13_334,  # 10 000 to train on, a quarter of all to calibrate on
         "num_impostors": 20_480,
-        "impostor_steps": 1800,
+        "num_altered": 20_480,
+        "classifier_steps": 1800,
         "num_real": 4000,  # all training images there are
         "num_test": 500,
         "max_iters": 1000,  # this layer's gap is still above 1e-2 after 10 000
@@ -137,7 +144,8 @@ def _detector_configs(config: Config) -> dict[str, AttributorConfig]:
 
     return {
         "one_class": AttributorConfig(
-            impostor=ImpostorClassifierConfig(num_steps=config.impostor_steps),
+            classifier=ClassifierConfig(num_steps=config.classifier_steps),
+            num_altered=config.num_altered,
             calibration_share=0.15 if many else 0.25,
             check_untouched=many,  # Seconds of compiling, which smaller presets have not.
             **inversion,
@@ -265,10 +273,8 @@ def _retrained(name: str, config: Config, record: Run) -> sampling.TrainedGenera
     path = record.workdir / "zoo" / f"{name}.safetensors"
     if path.exists():
         return zoo.load_file(path)
-    images = data.load(
-        entry["dataset"], split="train", image_size=entry["image_shape"][0], seed=entry["data_seed"]
-    )
-    gan = _gan(entry)
+    images = _generators.recorded_images(entry, "train")
+    gan = _generators.recorded_gan(entry)
     states = train_generator.train(
         gan,
         images,
@@ -474,8 +480,9 @@ def _write_report(record, config, results, figures) -> None:
         )
     learned = (
         f"The one-class detector was given {config.num_generated} own images and "
-        f"{config.num_impostors} of impostors (changed copies of our own model; no other model and "
-        f"no real image had a part in them); FLIPAD, RawPAD and DCTPAD {config.num_supervised} own "
+        f"{config.num_impostors} of impostors (changed copies of our own model), and made "
+        f"{config.num_altered} altered copies of the former; no other model and no real image had "
+        f"a part in it. FLIPAD, RawPAD and DCTPAD {config.num_supervised} own "
         f"and {config.num_real} real ones. {found['num_calibration']} of the former's own images "
         f"and {results['flipad']['num_calibration']} of the latter's only set the threshold. Each "
         f"source is tested on {config.num_test} images that nothing was fitted on. Images are "
@@ -541,7 +548,7 @@ def _write_report(record, config, results, figures) -> None:
 def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`; figures, and copies of images that were processed, are left out."""
     entry = zoo.record(config.ours)
-    gan = _gan(entry)
+    gan = _generators.recorded_gan(entry)
     ours = _plan.abstract_generator(gan)
     layer = jax.eval_shape(sampling.final_layer, ours)
     names = tuple(dict.fromkeys((config.ours, *config.rivals)))
@@ -554,7 +561,7 @@ def plan(config: Config) -> list[_plan.Stage]:
             images = _plan.training_images(entry["dataset"], entry["image_shape"][0])
             stages.append(
                 _plan.gan_training(
-                    _gan(entry),
+                    _generators.recorded_gan(entry),
                     entry["batch_size"],
                     entry["num_steps"],
                     num_images=images.shape[0],
@@ -571,10 +578,17 @@ def plan(config: Config) -> list[_plan.Stage]:
         if name == "one_class":
             num_calibration = int(num_own * settings.calibration_share)
             num_fitted = num_own - 2 * num_calibration
-            if config.num_impostors:
+            shapes = {"images": ours.image_shape, "activations": layer.operator.input_shape}
+            learned = [("altered copies", reads) for reads in shapes if config.num_altered]
+            learned += [("impostors", "images")] * bool(config.num_impostors)
+            if learned:
                 num_fitted = min(num_fitted, settings.num_inverted)
-                networks.append(_plan.impostor_training(ours.image_shape, settings.impostor))
+            networks += [
+                _plan.classifier_training(shapes[reads], settings.classifier, images, reads=reads)
+                for images, reads in learned
+            ]
             sizes[name] = num_fitted + 2 * num_calibration + num_tests
+            sizes[name] += attribution.num_altered_inverted(layer, settings)
             num_features = math.prod(layer.operator.input_shape)
             num_directions = settings.one_class.num_components
             num_directions = min(num_directions, num_fitted // 3, num_features // 2)
@@ -607,15 +621,3 @@ def plan(config: Config) -> list[_plan.Stage]:
         )
     )
     return stages + networks
-
-
-def _gan(entry: dict[str, Any]) -> training.Gan:
-    """The model that a record of the zoo describes."""
-    return zoo.make(
-        entry["family"],
-        tuple(entry["image_shape"]),
-        convention=entry["convention"],
-        latent_dim=entry["latent_dim"],
-        features=tuple(entry["features"]),
-        discriminator_features=tuple(entry["discriminator_features"]),
-    )

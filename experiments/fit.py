@@ -27,10 +27,11 @@ import numpy as np
 
 from experiments._config import Run, setting
 from experiments._record import UsageError
-from flipad_jax import data, metrics, report
+from flipad_jax import data, metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import DETECTORS, AttributorConfig
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
 from flipad_jax.generators import interop
 from flipad_jax.inversion import lasso
@@ -79,9 +80,26 @@ class Config:
         lower_bound=0.0,
     )
     max_iters: int = setting(
-        _DEFAULTS.max_iters, "Iterations (at most, if tol is not 0).", lower_bound=1
+        _DEFAULTS.max_iters,
+        "Iterations (at most, if tol is not 0); 0: as few as are found to suffice.",
+        lower_bound=0,
     )
     method: str = setting(_DEFAULTS.method, "Solver.", choices=tuple(sorted(lasso.METHODS)))
+    num_altered: int = setting(
+        _DEFAULTS.num_altered,
+        "Altered copies of own images that the one-class detector learns; 0: none.",
+        lower_bound=0,
+    )
+    classifier_steps: int = setting(
+        _DEFAULTS.classifier.num_steps,
+        "Training steps on altered copies, and as many on impostors.",
+        lower_bound=1,
+    )
+    immunize: str = setting(
+        "none",
+        "What happened to the images that will be judged: jpeg-80, noise-0.05, any, ...; own "
+        "images are treated so before anything is learned.",
+    )
     epochs: int = setting(50, "Epochs of DeepSAD.", lower_bound=1)
     widths: tuple[int, ...] = setting(
         ENCODER_WIDTHS["activations"], "Encoder of DeepSAD.", lower_bound=1
@@ -89,7 +107,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"epochs": 1, "widths": (8, 8)},
+    "smoke": {"epochs": 1, "widths": (8, 8), "num_altered": 64, "classifier_steps": 5},
     "demo": {"epochs": 6, "widths": (32, 64, 32)},
     "paper": {"tol": 1e-2, "max_iters": 10_000, "method": "primal_dual"},
 }
@@ -113,6 +131,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         tol=config.tol,
         max_iters=config.max_iters,
         method=config.method,
+        classifier=ClassifierConfig(num_steps=config.classifier_steps),
+        num_altered=config.num_altered,
+        immunize=config.immunize,
         deepsad=DeepSADConfig(widths=config.widths, epochs=config.epochs),
     )
     start = time.monotonic()
@@ -144,7 +165,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     path = record.workdir / "attributor"
     bundle.save(attributor, path)
     own_scores = attributor.calibration_scores
-    threshold = calibration.threshold(own_scores, config.fnr)
+    threshold = calibration.verdict_threshold(own_scores, config.fnr)
     found: dict[str, Any] = {
         "attributor": str(path),
         "attributor_sha256": bundle.describe(path)["sha256"],
@@ -166,7 +187,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         record.warn(_too_few(found))
     rivals = {}
     if real is not None and config.detector != "deepsad":
-        scored = attribution.score_with_info(attributor, real)
+        treatment = jax.random.fold_in(jax.random.key(config.seed), 1)
+        shown = perturbations.apply(config.immunize, real, treatment)
+        scored = attribution.score_with_info(attributor, shown)
         rivals["real"] = np.where(scored.converged, scored.score, np.nan)
         found["real"] = metrics.summary(own_scores, rivals, threshold)
         found["real"]["num_unconverged"] = int((~scored.converged).sum())
@@ -183,6 +206,7 @@ def _check_named(config: Config) -> None:
             raise UsageError(f"--{name} is missing; see --experiment=fit --help")
     if config.detector == "deepsad" and not config.real:
         raise UsageError("--detector=deepsad learns from real images too: give --real=FOLDER")
+    perturbations.parse(config.immunize)
     if config.detector == "deepsad" and config.impostors:
         raise UsageError("--impostors are for the one-class detector; leave them out for deepsad")
 
@@ -264,9 +288,10 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
                 (f"{found['fit_seconds']:.0f} s", "to fit"),
             ]
         ),
-        f"An image is called not ours if its score is above {found['threshold']:.4g}, the "
-        f"{100 * (1 - config.fnr):g} % quantile of the calibration scores. The rate can be chosen "
-        "anew with every question; nothing has to be fitted again.",
+        f"An image is called not ours if its score is above {found['threshold']:.4g}: "
+        + ("at most " if found["smallest_certifiable_fnr"] <= config.fnr else "about ")
+        + f"{100 * config.fnr:g} % of the model's own images are. The rate can be chosen anew with "
+        "every question; nothing has to be fitted again.",
     ]
     if found["smallest_certifiable_fnr"] > config.fnr > 0:
         blocks.append(_too_few(found) + ".")

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments import _generators
 from experiments._config import Run, setting
-from flipad_jax import data, metrics, report
+from flipad_jax import metrics, report
 from flipad_jax.detection import calibration, one_class
 from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.generators import sampling, zoo
@@ -69,7 +70,7 @@ class Config:
 PRESETS = {
     "smoke": {
         "fnr": 0.05,
-        "lams": (1e-3, 1e-2),
+        "lams": (1e-5, 1e-2),
         "gaps": (1e-1,),
         "iterations": (1, 10),
         "num_own": 400,
@@ -115,7 +116,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     own = sampling.generate(ours, own_rng, config.num_own)
     sources = {
         "own": sampling.generate(ours, own_rng, config.num_test, first=config.num_own),
-        "real": _real(config),
+        "real": _generators.recorded_images(zoo.record(config.ours), "test", config.num_test),
     }
     for index, name in enumerate(names):
         if name != config.ours:
@@ -157,17 +158,6 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     _write_report(record, config, results, figure)
     record.say(f"Report: {record.shown}/report.html")
     return results
-
-
-def _real(config: Config) -> np.ndarray:
-    entry = zoo.record(config.ours)
-    return data.load(
-        entry["dataset"],
-        split="test",
-        image_size=entry["image_shape"][0],
-        num_images=config.num_test,
-        seed=entry["data_seed"],
-    )
 
 
 @functools.lru_cache(maxsize=2)

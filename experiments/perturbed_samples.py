@@ -1,11 +1,13 @@
 """Tables 4 and 8 of the FLIPAD paper: images that were blurred, cropped, made noisy, recompressed.
 
 Immunised by default, as in the paper: what happens to the images under suspicion also happens to
-those that are learned from. With --noimmunized it happens to the former only. Accuracies are means
-over rivals and over the architectures that are ours in turn; every repeat has its own generators.
+those that are learned from. With --immunize=none it happens to the former only, with --immunize=any
+all that is learned from suffers any one of them, as whoever cannot know which one comes would do
+it: one detector for all columns. Accuracies are means over rivals and over the architectures that
+are ours in turn; every repeat has its own generators.
 
     python run.py --experiment=perturbed_samples
-    python run.py --experiment=perturbed_samples --noimmunized --methods=flipad,one_class
+    python run.py --experiment=perturbed_samples --immunize=none --methods=flipad,one_class
 """
 
 import dataclasses
@@ -29,7 +31,11 @@ class Config(_attribution.Settings):
     perturbations: tuple[str, ...] = setting(
         _paper.PERTURBATIONS, "Columns: names of `perturbations.apply`, or none."
     )
-    immunized: bool = setting(True, "Whether it happens to the images learned from as well.")
+    immunize: str = setting(
+        "same",
+        "What happens to the images learned from: the same, any one of them, or none.",
+        choices=("same", "any", "none"),
+    )
     methods: tuple[str, ...] = setting(
         ("rawpad", "dctpad", "flipad", "one_class"), "Rows.", choices=tuple(METHODS)
     )
@@ -94,7 +100,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                         ours,
                         sources,
                         perturbation=name,
-                        immunized=config.immunized,
+                        learned=name if config.immunize == "same" else config.immunize,
                     )
                     cells[method][name][-1][family] = {
                         key: found[key]
@@ -129,7 +135,7 @@ def tables(config: Config, results: dict[str, Any]) -> list[report.Table]:
         _tables.mean_table(title, header, _all_columns(results["cells"], key))
         for title, key in (("Table 4: accuracy, %", "mean_accuracy"), ("AUC, %", "mean_auc"))
     ]
-    paper = _paper.comparable(config, _paper.TABLE_4) if config.immunized else None
+    paper = _paper.comparable(config, _paper.TABLE_4) if config.immunize == "same" else None
     if paper is not None:
         rows = [[METHODS[m], *(paper[m].get(p) for p in config.perturbations)] for m in paper]
         found.append(report.Table(["The paper's, %", *config.perturbations], rows))
@@ -146,11 +152,12 @@ def _write_page(config, record, results, generators) -> None:
     report.save_figure(grid, record.figures / "perturbations.png")
     chart = _tables.chart(_all_columns(results["cells"], "mean_accuracy"), "repeats")
     report.save_figure(chart, record.figures / "accuracy.png")
-    how = (
-        "All images, those that are learned from and those under suspicion, were treated alike."
-        if config.immunized
-        else "Only the images under suspicion were treated; the methods learned untouched ones."
-    )
+    how = {
+        "same": "All images, those learned from and those under suspicion, were treated alike.",
+        "any": "What the methods learned from suffered any one of several perturbations or none, "
+        "each at a strength of its own: they did not know which one was to come.",
+        "none": "Only the images under suspicion were treated; the methods learned untouched ones.",
+    }[config.immunize]
     sections = [
         report.Section(
             "Result",

@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _regeneration
+from experiments import _generators, _regeneration
 from experiments._config import Run, check_once, setting
-from flipad_jax import data, metrics, report
+from flipad_jax import metrics, report
 from flipad_jax.detection import proof
-from flipad_jax.generators import impostors, sampling, training, zoo
-from flipad_jax.generators.sampling import TrainedGenerator
+from flipad_jax.generators import impostors, sampling
 
 SOURCES = ("real", "other_seed", "impostors", "trained_on")
 _SHOWN = {
@@ -83,12 +82,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     results: dict[str, Any] = {"models": {}}
     errors: dict[str, np.ndarray] = {}
     for number, name in enumerate(config.models):
-        generator, entry = _regeneration.load_generator(name)
-        if not isinstance(generator, TrainedGenerator) or "dataset" not in entry:
-            raise ValueError(
-                f"--models={name}: expected a generator of the zoo or a file of train_generator, "
-                "which say what they were trained on"
-            )
+        generator, entry = _generators.recorded("models", name)
         sources = _sources(config, record, number, generator, entry)
         bank = _regeneration.make_bank(config, generator)
         by_kind = {}
@@ -135,11 +129,13 @@ def _sources(config, record, number: int, generator, entry) -> dict[str, np.ndar
     found = {"own": sampling.generate(generator, jax.random.fold_in(rng, 0), count)}
     for source in config.sources:
         if source == "real":
-            found[source] = _real(entry, generator, "test")[:count]
+            found[source] = _generators.recorded_images(entry, "test", count)
         elif source == "other_seed":
-            other, _ = _regeneration.load_generator(_other(config, number))
-            if not isinstance(other, TrainedGenerator):
-                raise ValueError("--others: expected generators of this library")
+            name = config.models[number]
+            chosen = config.others[number] if config.others else None
+            other, _ = _generators.recorded(
+                "others", chosen or _generators.next_seed("others", name)
+            )
             found[source] = sampling.generate(other, jax.random.fold_in(rng, 1), count)
         elif source == "impostors":
             found[source] = impostors.generate(
@@ -152,46 +148,17 @@ def _sources(config, record, number: int, generator, entry) -> dict[str, np.ndar
     return found
 
 
-def _real(entry, generator, split: str) -> np.ndarray:
-    return data.load(
-        entry["dataset"],
-        split=split,
-        image_size=generator.image_shape[0],
-        seed=int(entry.get("data_seed", 0)),
-    )
-
-
-def _other(config: Config, number: int) -> str:
-    if config.others:
-        return config.others[number]
-    name = config.models[number]
-    family, _, seed = name.rpartition("_")
-    if name not in zoo.names() or f"{family}_{int(seed) + 1}" not in zoo.names():
-        raise ValueError(f"--others is missing: no other seed of {name} is known")
-    return f"{family}_{int(seed) + 1}"
-
-
 def _train_on(config, record, number: int, generator, entry) -> dict[str, np.ndarray]:
     """Our generator after more updates, against a discriminator that begins anew."""
-    gan = zoo.make(
-        entry["family"],
-        tuple(entry["image_shape"]),
-        convention=entry.get("convention", "paper"),
-        latent_dim=entry["latent_dim"],
-        features=tuple(entry["features"]),
-        discriminator_features=tuple(entry["discriminator_features"]),
+    after = _generators.trained_on(
+        _generators.recorded_gan(entry),
+        generator,
+        _generators.recorded_images(entry, "train"),
+        record,
+        seed=number,
+        num_steps=config.trained_on_steps,
+        batch_size=64,
     )
-    images = jax.numpy.asarray(_real(entry, generator, "train"))
-    states = training.init_seeds(gan, jax.numpy.array([number], jax.numpy.uint32))
-    ours = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[None], generator.variables)
-    states = states._replace(generator=ours)
-    with record.progress(config.trained_on_steps, "training on") as bar:
-        for _ in range(config.trained_on_steps):
-            states, losses = training.step_all(states, images, gan=gan, batch_size=64)
-            bar.update(1)
-    if not np.isfinite(np.asarray(losses.generator)).all():
-        raise FloatingPointError("training on diverged")
-    after = sampling.from_state(gan, training.take_seed(states, 0))
     rng = _regeneration.rng(config, 5, number)
     # The same latents as the own images: the nearest that a changed model comes to ours.
     return {"images": sampling.generate(after, jax.random.fold_in(rng, 0), config.num_images)}
@@ -301,6 +268,12 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
 def _write_page(config: Config, record: Run, results, errors) -> None:
     figure = report.histograms(errors, "error in grey levels")
     report.save_figure(figure, record.figures / "errors.png")
+    trained = ""
+    if "trained_on" in config.sources:
+        trained = (
+            f"Our model trained on: {config.trained_on_steps} updates against a new discriminator, "
+            "images of the same latents as the own ones. "
+        )
     sections = [
         report.Section("Result", tables(results)),
         report.Section(
@@ -311,8 +284,8 @@ def _write_page(config: Config, record: Run, results, errors) -> None:
             "Settings",
             [
                 f"{config.num_images} images of every source, at most {config.num_starts} starts. "
-                f"Our model trained on: {config.trained_on_steps} updates against a new "
-                "discriminator, images of the same latents as the own ones. Processing: "
+                + trained
+                + "Processing: "
                 + ", ".join(f"{k} is {_regeneration.CALIBRATED_AT[k]}" for k in config.processing)
                 + "."
             ],

@@ -134,7 +134,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "num_doubtful": findings.counts["doubtful"],
         "num_unconverged": findings.counts["unconverged"],
         "fnr": config.fnr,
-        "threshold": calibration.threshold(attributor.calibration_scores, config.fnr),
+        "threshold": calibration.verdict_threshold(attributor.calibration_scores, config.fnr),
         "smallest_certifiable_fnr": smallest,
         "shards_kept": kept,
         "scored_now": num_left,

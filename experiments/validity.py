@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from experiments import _generators
 from experiments._config import Run, setting
-from flipad_jax import data, metrics, perturbations, report
+from flipad_jax import metrics, perturbations, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import calibration, validity
 from flipad_jax.generators import sampling, zoo
@@ -108,13 +109,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     )
     sources = {
         "own": sampling.generate(ours, own_rng, config.num_test, first=config.num_generated),
-        "real": data.load(
-            zoo.record(config.ours)["dataset"],
-            split="test",
-            image_size=ours.image_shape[0],
-            num_images=config.num_test,
-            seed=zoo.record(config.ours)["data_seed"],
-        ),
+        "real": _generators.recorded_images(zoo.record(config.ours), "test", config.num_test),
     }
     for index, name in enumerate(names):
         if name != config.ours:
@@ -171,7 +166,7 @@ def _judge(
 
 
 def _count(config, treatments, sources, found) -> dict[str, Any]:
-    threshold = calibration.threshold(found["calibration"], config.fnr)
+    threshold = calibration.verdict_threshold(found["calibration"], config.fnr)
     warned = {
         source: {name: found[f"p_value-{source}-{name}"] <= config.level for name in treatments}
         for source in sources

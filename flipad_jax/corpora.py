@@ -201,7 +201,8 @@ def score_range(
     """
     if not 0 <= start <= stop <= len(source):
         raise ValueError(f"records {start} to {stop} of {len(source)}: no range of these")
-    calibration.threshold(attributor.calibration_scores, fnr)  # Refuses a bad rate, before work.
+    # Refuses a bad rate, before work.
+    calibration.verdict_threshold(attributor.calibration_scores, fnr)
     ranges = _blocks(range(start, stop), attributor.config.batch_size)
     scored = _scored(attributor, source, ranges, fnr, Clock())
     return list(itertools.chain.from_iterable(rows for _, rows, _ in scored))
@@ -369,7 +370,7 @@ def open_output(
     if shard_size < 1 or format not in FORMATS:
         raise ValueError(f"{shard_size=}, {format=}: expected 1 or more, and one of {FORMATS}")
     settings = bundle.describe(attributor)
-    calibration.threshold(np.zeros(1), fnr)  # Refuses a bad rate.
+    calibration.verdict_threshold(np.zeros(1), fnr)  # Refuses a bad rate.
     output = Output(
         Path(folder),
         source.fingerprint,

@@ -1,18 +1,22 @@
 """Files that appear complete or not at all; lines of CSV."""
 
+import contextlib
 import os
 import pathlib
 import uuid
-from typing import TextIO
+from collections.abc import Iterator
+from typing import BinaryIO, TextIO
 
-__all__ = ["CsvLines", "write_atomically"]
+__all__ = ["CsvLines", "replacing", "write_atomically"]
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file under a hidden name beside it, then moves it; folders are made if missing.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a file for writing under a hidden name beside `path`, and moves it there when the block
+    ends well; folders are made if missing.
 
-    Whoever reads `path` sees what was there before, or all of `content`. After a failure the old
-    file is untouched, and nothing else is left.
+    Whoever reads `path` sees what was there before, or all that was written. After a failure the
+    old file is untouched, and nothing else is left.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,12 +24,18 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().int}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # on disk before its name is: a power cut leaves no empty file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a file at once; see `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 class CsvLines:

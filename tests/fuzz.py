@@ -651,7 +651,7 @@ def _bundle_seeds(folder: Path) -> dict[str, Path]:
         one_class.Gaussian(array(6), array(6, 6)),
         one_class.Gaussian(array(4), array(4, 4)),
         array(3, 30),
-        None,
+        {},
         (6, 6, 3),
         one_class.OneClassConfig(num_components=5),
     )

@@ -16,8 +16,8 @@ import numpy as np
 import flipad_jax
 from flipad_jax import AttributorConfig, checkpoints, data, lasso, parallel
 from flipad_jax.detection import deepsad
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.generators import dcgan, sampling, training, wgan_gp
 from flipad_jax.registry import user_generators
@@ -174,7 +174,8 @@ def attributor():
         check_untouched=False,
         max_iters=10,
         one_class=OneClassConfig(num_components=8, batch_size=16),
-        impostor=ImpostorClassifierConfig(widths=(8,), num_steps=5, batch_size=8),
+        classifier=ClassifierConfig(widths=(8,), num_steps=5, batch_size=8),
+        num_altered=40,
         batch_size=64,
     )
     draw = np.random.default_rng(3)
@@ -191,7 +192,7 @@ def attributor():
     return {
         "calibration": fitted.calibration_scores,
         "scores": flipad_jax.score(fitted, suspects),
-        "network": flat(fitted.detector.classifier.variables),
+        "networks": flat({n: c.variables for n, c in fitted.detector.classifiers.items()}),
     }
 
 

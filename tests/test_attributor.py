@@ -11,14 +11,15 @@ import pytest
 import flipad_jax
 from flipad_jax import AttributorConfig, FinalLayer, data, linops, metrics, perturbations
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import calibration, validity
+from flipad_jax.detection import calibration, classifier, validity
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.inversion.final_layer import forward, invert
 
 QUICK = {
     "check_untouched": False,
+    "num_altered": 0,
     "tol": 0.0,
     "max_iters": 15,
     "one_class": OneClassConfig(num_components=20, batch_size=64),
@@ -75,11 +76,13 @@ def test_scores_p_values_threshold_and_verdict_agree(fitted):
     for fnr in (0.0, 0.05, 0.3):
         found = flipad_jax.verdicts(fitted, images, fnr=fnr)
         np.testing.assert_array_equal(found.score, flipad_jax.score(fitted, images))
-        assert found.threshold == np.quantile(fitted.calibration_scores, 1 - fnr)
+        assert found.threshold == calibration.verdict_threshold(fitted.calibration_scores, fnr)
         np.testing.assert_array_equal(found.accepted, found.score <= found.threshold)
         np.testing.assert_array_equal(found.verdict == "ours", found.accepted)
         expected = calibration.conformal_p_values(fitted.calibration_scores, found.score)
         np.testing.assert_array_equal(found.p_value, expected)
+        if fnr:
+            np.testing.assert_array_equal(found.verdict == "not_ours", found.p_value <= fnr)
 
 
 def test_calibration_images_fit_nothing(monkeypatch):
@@ -109,10 +112,87 @@ def test_calibration_images_fit_nothing(monkeypatch):
     )
 
 
-def test_impostors_teach_a_fourth_statistic(tmp_path):
+def test_altered_copies_of_own_images_teach_a_statistic(tmp_path):
+    """Rivals of the very same activations, whose last layer alone is another."""
+    kernel = 0.15 * np.random.default_rng(8).standard_normal((4, 4, CHANNELS, 3))
+    operator = linops.conv_transpose(
+        kernel.astype(np.float32), (8, 8, CHANNELS), strides=2, padding=1
+    )
+    rival, _ = model_images(4, 100, layer=FinalLayer(operator))
+    own, _ = model_images(2, 100)
+    network = ClassifierConfig(widths=(16, 32), num_steps=150)
+    fitted = fit(num_altered=1000, classifier=network)
+    assert set(fitted.detector.classifiers) == {"altered", "altered_activations"}
+    assert fitted.detector.reference.shape == (5, 100)
+    logits = [
+        classifier.logits(fitted.detector.classifiers["altered"], images)
+        for images in (own, perturbations.alter(own, 9, 100), rival)
+    ]
+    assert metrics.auc(logits[0], logits[1]) > 0.8 and metrics.auc(logits[0], logits[2]) > 0.8
+    flipad_jax.save(fitted, tmp_path)
+    np.testing.assert_array_equal(
+        flipad_jax.score(flipad_jax.load(tmp_path), rival),
+        flipad_jax.score(fitted, rival),
+    )
+
+
+def test_as_few_iterations_as_suffice_are_found_and_stored(tmp_path, monkeypatch):
+    seen, original = [], attribution._activations
+    monkeypatch.setattr(
+        attribution,
+        "_activations",
+        lambda layer, z_bar, config, images: seen.append(config.max_iters)
+        or original(layer, z_bar, config, images),
+    )
+    found = {}
+    for lost in (1.0, 0.0):  # of the area: all of it, or nothing
+        monkeypatch.setattr(attribution, "_AREA_LOST", lost)
+        seen.clear()
+        fitted = fit(max_iters=0)
+        assert {3, 10, 30, 100} <= set(seen)
+        found[lost] = fitted.config.max_iters
+    assert found[1.0] == 3 and found[0.0] in (3, 10, 30, 100)
+    flipad_jax.save(fitted, tmp_path)
+    loaded = flipad_jax.load(tmp_path)
+    assert loaded.config.max_iters == found[0.0]
+    np.testing.assert_array_equal(
+        flipad_jax.score(loaded, REAL[:8]), flipad_jax.score(fitted, REAL[:8])
+    )
+    for wrong in ({"tol": 1e-2}, {"detector": "deepsad"}):
+        with pytest.raises(ValueError, match="max_iters=0 .* one-class"):
+            AttributorConfig(max_iters=0, **wrong)
+
+
+def test_immunised_is_fitted_to_treated_images(monkeypatch):
+    seen, original = {}, attribution.classifier.fit
+
+    def noting(rng, own, others, *args, reads, **options):
+        if reads == "images":
+            seen.update(own=own, others=others)
+        return original(rng, own, others, *args, reads=reads, **options)
+
+    monkeypatch.setattr(attribution.classifier, "fit", noting)
+    few = {"num_altered": 64, "classifier": ClassifierConfig(widths=(4,), num_steps=1)}
+    untreated = fit(**few)
+    before = dict(seen)
+    fitted = fit(immunize="blur-3", **few)
+    # Own images and, after they were altered, their copies: the same ones, blurred.
+    for name, images in before.items():
+        np.testing.assert_array_equal(seen[name], perturbations.blur(images, 3))
+    blurred, _ = model_images(2, 200)
+    blurred = perturbations.blur(blurred, 3)
+    assert flipad_jax.verdicts(fitted, blurred, fnr=0.05).accepted.mean() > 0.85
+    assert flipad_jax.verdicts(untreated, blurred, fnr=0.05).accepted.mean() < 0.5
+    with pytest.raises(ValueError, match="unknown perturbation 'fog'"):
+        AttributorConfig(immunize="fog")
+
+
+def test_impostors_teach_a_statistic(tmp_path):
     impostors, _ = model_images(7, 200, model_seed=9)
     config = AttributorConfig(
-        **QUICK, impostor=ImpostorClassifierConfig(widths=(8,), num_steps=40), num_inverted=100
+        **QUICK,
+        classifier=ClassifierConfig(widths=(8,), num_steps=40),
+        num_inverted=100,
     )
     seen = []
     fitted = flipad_jax.fit(

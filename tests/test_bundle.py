@@ -24,7 +24,7 @@ def fit(bias=None):
     op = linops.conv_transpose(KERNEL, (6, 6, 3), strides=2, padding=1)
     layer = FinalLayer(op, None if bias is None else jnp.asarray(bias, jnp.float32))
     own = data.to_uint8(np.asarray(jax.vmap(lambda z: forward(layer, z))(Z)))
-    config = AttributorConfig(one_class=OneClassConfig(num_components=5))
+    config = AttributorConfig(one_class=OneClassConfig(num_components=5), num_altered=0)
     return flipad_jax.fit(layer, Z.mean(0), own, rng=jax.random.key(0), config=config), own
 
 

@@ -65,6 +65,20 @@ def test_what_198_and_199_scores_can_certify():
     assert calibration.conformal_p_values(own[own < 198], [1e9])[0] > 0.005
 
 
+def test_a_verdict_is_a_p_value_wherever_that_can_be():
+    rng = np.random.default_rng(2)
+    own, asked = rng.exponential(size=300), rng.exponential(size=500) * 2
+    for fnr in (0.005, 0.02, 0.3):
+        rejected = asked > calibration.verdict_threshold(own, fnr)
+        p_values = calibration.conformal_p_values(own, asked)
+        np.testing.assert_array_equal(rejected, p_values <= fnr)
+    # Two hundred and ninety-nine scores certify 1 / 300, none of these less.
+    for fnr in (0.003, 0.0):
+        found = calibration.verdict_threshold(own[:299], fnr)
+        assert found == calibration.threshold(own[:299], fnr) < math.inf
+    assert math.isfinite(calibration.verdict_threshold(own, 1.0))
+
+
 @pytest.mark.parametrize("fnr", [0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.7])
 def test_rank_is_decimal_arithmetic(fnr):
     # (n + 1)(1 - fnr) is a whole number for all of these n: rounding must not move the rank.

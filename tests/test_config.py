@@ -525,7 +525,7 @@ def test_sigterm_ends_a_run_in_good_order(toy, demo, capsys, images):
         "stopped by SIGTERM; go on with: python run.py --flagfile=w/config.flags --workdir=w"
     )
     assert Path("w/stages/first.npz").exists() and not Path("w/results.json").exists()
-    assert not list(Path("w").rglob("*.tmp"))
+    assert not list(Path("w").rglob("*.partial"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -729,7 +729,7 @@ def test_parts_are_kept_until_their_stage_is_finished(resumable, tmp_path, monke
         stage(record, dies=True)
     damaged = tmp_path / "run/parts/sum/p1.npz"
     damaged.write_bytes(damaged.read_bytes()[:-30])
-    (tmp_path / "run/parts/sum/p2.npz.77.tmp").write_bytes(b"half")
+    (tmp_path / "run/parts/sum/.p2.npz.77.partial").write_bytes(b"half")
     with resumable(commit="c1") as record:
         found = stage(record, dies=False)
         other, damaged = record.warnings  # said once
@@ -877,7 +877,7 @@ def test_a_kill_while_writing_leaves_no_stage(resumable, tmp_path):
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, check=False
     )
     assert done.returncode == 9, done.stderr
-    assert [path.suffix for path in (tmp_path / "run/stages").iterdir()] == [".tmp"]
+    assert [path.suffix for path in (tmp_path / "run/stages").iterdir()] == [".partial"]
     with resumable() as record:
         assert not list((tmp_path / "run/stages").iterdir())
         assert record.stage("part", lambda: {"a": np.full(2, 3.0)})["a"][0] == 3.0
@@ -897,7 +897,7 @@ def test_stages_refuse_what_they_cannot_keep(resumable, tmp_path):
         record.stage("part", lambda: {"a": np.ones(1)})
         with pytest.raises(RuntimeError, match="two stages"):
             record.stage("part", lambda: {"a": np.ones(1)})
-    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("outside*"))
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.glob("outside*"))
 
 
 def test_writing_at_once_keeps_the_old_file_when_it_fails(tmp_path):

@@ -64,9 +64,20 @@ GEOMETRIES = [
     (5, 4, 2, 1),
     (4, 3, 1, 1),
     (3, 5, 3, 2),
+    (4, 6, 3, 2),
+    (8, 4, 2, 0),
 ]  # size, kernel, stride, padding
 
 
+@pytest.fixture(params=["as it is", "small"])
+def _limits(request, monkeypatch):
+    """Where a CPU takes other forms: at every size, and every image a piece of its own."""
+    if request.param == "small":
+        monkeypatch.setattr(layers, "_MANY", 1)
+        monkeypatch.setattr(layers, "_PIECE", 1)
+
+
+@pytest.mark.usefixtures("_limits")
 @pytest.mark.parametrize("size, kernel_size, stride, padding", GEOMETRIES)
 def test_conv_transpose_and_all_its_derivatives(size, kernel_size, stride, padding):
     x, kernel = noise(0, 2, size, size, 3), noise(1, kernel_size, kernel_size, 3, 2)
@@ -100,6 +111,7 @@ def test_conv_transpose_and_all_its_derivatives(size, kernel_size, stride, paddi
     )
 
 
+@pytest.mark.usefixtures("_limits")
 @pytest.mark.parametrize(
     "size, kernel_size, stride, padding", [(8, 4, 2, 1), (7, 4, 2, 1), (8, 3, 3, 0)]
 )

@@ -865,7 +865,9 @@ def test_scores_are_those_of_a_layer_built_by_hand(torch):
     with torch.no_grad():
         latents = sample_of(torch, 5, 1, 1)(0, 160)
         z_bar = np.moveaxis(module.eval()[:5](latents).mean(0).numpy(), 0, -1)
-    config = AttributorConfig(max_iters=10, batch_size=16)  # One size of batches: compiled once.
+    config = AttributorConfig(
+        max_iters=10, batch_size=16, num_altered=0
+    )  # One size of batches: compiled once.
     suspects = from_torch(torch, dcgan(torch, seed=1)).generated
     scores = [
         score(fit(*args, imported.generated, rng=jax.random.key(0), config=config), suspects)

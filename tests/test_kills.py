@@ -159,7 +159,9 @@ def test_a_fit(tmp_path):
 
 def test_a_folder_that_is_judged(tmp_path):
     images, activations = own_images(1, 800)
-    config = AttributorConfig(one_class=OneClassConfig(num_components=10), batch_size=16)
+    config = AttributorConfig(
+        one_class=OneClassConfig(num_components=10), batch_size=16, num_altered=0
+    )
     fitted = flipad_jax.fit(
         LAYER, activations.mean(axis=0), images, rng=jax.random.key(0), config=config
     )

@@ -242,7 +242,11 @@ def test_operators_are_pytrees_with_static_geometry():
 
 
 def test_operator_keeps_its_own_copy_of_the_weights():
-    matrix = np.eye(3)
+    # Aligned to 64 bytes: such an array JAX shares on a CPU instead of copying it.
+    memory = np.zeros(9 * 8 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    matrix = memory[start : start + 9 * 8].view(np.float64).reshape(3, 3)
+    matrix[:] = np.eye(3)
     op = linops.dense(matrix)
     matrix[:] = 7
     np.testing.assert_array_equal(linops.to_matrix(op), np.eye(3))

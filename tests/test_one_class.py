@@ -7,9 +7,9 @@ from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
 from flipad_jax import metrics
-from flipad_jax.detection import impostor_classifier, one_class
+from flipad_jax.detection import classifier, one_class
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.feature_rows import FeatureRows
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClassConfig
 
 SHAPE = (6, 6, 4)
@@ -128,24 +128,29 @@ def test_settings_out_of_range(options):
         OneClassConfig(**options)
 
 
-def test_a_classifier_is_one_statistic_more(fitted):
+@pytest.mark.parametrize("name", one_class.CLASSIFIERS)
+def test_a_classifier_is_one_statistic_more(fitted, name):
     images = np.random.default_rng(0).integers(0, 255, (150, 8, 8, 1), np.uint8)
-    classifier = impostor_classifier.fit(
+    network = classifier.fit(
         jax.random.key(0),
         images[:100],
         images[50:],
-        ImpostorClassifierConfig(widths=(4,), num_steps=2),
+        ClassifierConfig(widths=(4,), num_steps=2),
     )
     reference = activations(2, 150)
     model = one_class.fit(
-        activations(1, 150), reference, CONFIG, classifier=classifier, reference_images=images
+        activations(1, 150),
+        reference,
+        CONFIG,
+        classifiers={name: network},
+        reference_images=images,
     )
     assert model.reference.shape == (4, 150)
     test = activations(3, 20)
     found = one_class.statistics(model, test, images[:20])
     np.testing.assert_array_equal(found[:, :3], one_class.statistics(fitted, test))
     np.testing.assert_allclose(
-        np.log(found[:, 3]), impostor_classifier.logits(classifier, images[:20]), rtol=1e-5
+        np.log(found[:, 3]), classifier.logits(network, images[:20]), rtol=1e-5
     )
     # Fisher's sum: the fourth p-value counts one and a half times.
     alone = one_class._log_tail_probability(
@@ -160,7 +165,7 @@ def test_a_classifier_is_one_statistic_more(fitted):
     scores = one_class.score(model, test, images[:20])
     assert np.isnan(scores[4]) and np.isfinite(np.delete(scores, 4)).all()
     for wrong in (None, images[:3]):
-        with pytest.raises(ValueError, match="needs the 20 images"):
+        with pytest.raises(ValueError, match="need the 20 images"):
             one_class.score(model, test, wrong)
 
 

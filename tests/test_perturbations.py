@@ -34,6 +34,7 @@ NAMED = {
     "jpeg-70": lambda images, rng, first: perturbations.jpeg(images, 70),
     "resize-0.6": lambda images, rng, first: perturbations.resize(images, 0.6),
     "combination": lambda images, rng, first: perturbations.combination(images, rng, first=first),
+    "any": lambda images, rng, first: perturbations.any_of_them(images, rng, first=first),
     "none": lambda images, rng, first: images,
 }
 
@@ -218,6 +219,28 @@ def test_a_name_stands_for_its_function_also_in_pieces(name):
     np.testing.assert_array_equal(np.concatenate(pieces), found)
 
 
+def test_any_is_one_of_them_at_a_strength_of_its_own():
+    images = pictures(300, 32, 32)
+    found = perturbations.any_of_them(images, jax.random.key(1))
+    crops = [perturbations.crop(images, size) for size in range(24, 33)]
+    qualities = [perturbations.jpeg(images, quality) for quality in range(70, 96)]
+    counts = dict.fromkeys(("none", "blur", "crop", "jpeg", "noise"), 0)
+    for i, image in enumerate(found):
+        if np.array_equal(image, images[i]):
+            counts["none"] += 1
+        elif np.array_equal(image, perturbations.blur(images[i : i + 1], 3)[0]):
+            counts["blur"] += 1
+        elif any(np.array_equal(image, cropped[i]) for cropped in crops):
+            counts["crop"] += 1
+        elif any(np.array_equal(image, coded[i]) for coded in qualities):
+            counts["jpeg"] += 1
+        else:
+            counts["noise"] += 1
+            inside = (images[i] > 80) & (images[i] < 175)
+            assert np.std(image[inside].astype(float) - images[i][inside]) < 1.3 * 25.5
+    assert all(35 < count < 90 for count in counts.values()), counts
+
+
 def test_every_form_has_a_name_here_and_is_parsed():
     forms = [re.sub(r"-\d+\.\d+$", "-X", re.sub(r"-\d+$", "-N", name)) for name in NAMED]
     assert forms == list(perturbations.FORMS)
@@ -238,7 +261,7 @@ def test_a_crop_by_name_keeps_the_same_share_at_every_size(side, kept):
     ["", "-", "blur", "blur-", "blur-3.5", "blur-x", "Blur-3", "jpeg80", "none-1", "combination-2"],
 )
 def test_an_unknown_name_is_told_what_there_is(name):
-    with pytest.raises(ValueError, match="blur-N, .*combination, none") as error:
+    with pytest.raises(ValueError, match="blur-N, .*combination, any, none") as error:
         perturbations.apply(name, pictures(), jax.random.key(0))
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 

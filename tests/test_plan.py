@@ -261,6 +261,16 @@ def test_a_latent_search_is_a_pass_forth_and_one_back():
     assert 2 * (forth + last) * 0.98 < _plan.analyse(stage).flops < 2 * (forth + last) * 1.05
 
 
+def test_a_regeneration_is_a_pass_forth_for_every_latent_number():
+    generator = _plan.abstract_generator(dcgan((16, 16, 3), latent_dim=24, features=(64, 48)))
+    stage = _plan.regeneration_search(generator, 10)
+    assert stage.calls == 250
+    forth = _plan.analyse(_plan.mean_activation(generator, 8, 8)).flops / 8
+    last = 2 * 48 * 3 * taps(8, 16, 4, 2, 1) ** 2
+    # The image itself and 24 directions; statistics of normalisation are in neither.
+    assert 25 * (forth + last) * 0.98 < _plan.analyse(stage).flops < 25 * (forth + last) * 1.1
+
+
 # The experiments.
 
 

@@ -47,7 +47,10 @@ def since(names):
 
 def fit(num_images):
     config = AttributorConfig(
-        one_class=OneClassConfig(num_components=10), check_untouched=False, batch_size=64
+        one_class=OneClassConfig(num_components=10),
+        check_untouched=False,
+        batch_size=64,
+        num_altered=0,
     )
     images, z_bar = IMAGES[:num_images], ACTIVATIONS.mean(axis=0)
     return flipad_jax.fit(LAYER, z_bar, images, rng=jax.random.key(0), config=config)

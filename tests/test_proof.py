@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from flipad_jax import perturbations
 from flipad_jax.detection import proof
 from flipad_jax.detection.proof import ProofConfig
 from flipad_jax.generators import zoo
@@ -47,6 +48,32 @@ def test_ours_is_where_the_probability_is_the_rate():
     assert float(proof.foreign_probability(tail, limit)) == pytest.approx(1e-8)
     assert proof.ours_up_to(tail, 0.9) == tail.smallest / 2
     assert proof.ours_up_to(proof.foreign_tail(np.array([5.0, 6.0])), 0.5) == 0
+
+
+@pytest.mark.parametrize("std", [0.004, 0.05, 0.1])
+def test_the_excess_over_noise_is_normal_whatever_the_picture_is(std):
+    """Dark, bright, grey and ramps: what the ends cut off is in the mean and in the variance."""
+    ramp = np.linspace(0, 255, 32 * 32).reshape(32, 32, 1)
+    pictures = [np.zeros_like(ramp), ramp * 0.02, ramp, 255 - ramp * 0.1, 100 + ramp * 0.1]
+    for number, picture in enumerate(pictures):
+        made = np.repeat(np.round(picture).astype(np.uint8)[None], 400, axis=0)
+        noisy = perturbations.noise(made, jax.random.key(number), std)
+        excess = proof.noise_excess(made, noisy, 255 * std)
+        assert abs(excess.mean()) < 4 / 20 and 0.88 < excess.std() < 1.12
+    # A picture that is ten levels off is seen under noise of 25 (ramp between 100 and 200).
+    assert proof.noise_excess(made + 10, noisy, 255 * std).mean() > 2.5
+
+
+def test_the_excess_over_noise_refuses_what_it_cannot_say():
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    with pytest.raises(ValueError, match="uint8 images of one shape"):
+        proof.noise_excess(images, images.astype(np.float32), 5.0)
+    with pytest.raises(ValueError, match="uint8 images of one shape"):
+        proof.noise_excess(images, images[:1], 5.0)
+    with pytest.raises(ValueError, match="one shape .n, h, w, c., got uint8 .4, 4, 1."):
+        proof.noise_excess(images[0], images[0], 5.0)
+    with pytest.raises(ValueError, match="positive number of grey levels"):
+        proof.noise_excess(images, images, 0.0)
 
 
 def test_above_the_edge_nothing_is_bounded():

@@ -250,7 +250,7 @@ def test_a_step_that_makes_it_worse_is_not_taken():
     image = np.full((4, 4, 1), 20, np.float32)
     state = regeneration.init(jnp.zeros(1, jnp.float32), image, config)
     after, levels = update((thermometer(10), None), image, state, config)
-    assert float(after.z[0]) == 0 and int(after.stuck) == 1 and not levels.any()
+    assert float(after.z[0]) == 0 and int(after.stuck) == 2 and not levels.any()  # 20 levels: far
     assert float(after.damping) == pytest.approx(30 * config.damping)
 
 
@@ -287,6 +287,38 @@ def test_a_search_goes_on_in_levels_when_it_is_near_or_stuck():
         stages.append((bool(state.in_targets), int(state.stuck)))
     # Half of the patience of five, rounded up, from the first step without a gain.
     assert stages[:3] == [(True, 1), (True, 2), (False, 0)] and not stages[-1][0]
+
+
+@pytest.mark.parametrize(
+    "far_levels, gain, counted", [(30.0, 2e-2, 1), (25.0, 2e-2, 2), (25.0, 5e-3, 2)]
+)
+def test_far_from_the_image_a_search_in_levels_has_half_the_patience(far_levels, gain, counted):
+    """A chessboard of 55 levels' difference: the nearest grey is 27.5 levels away."""
+    image = np.where(np.indices((4, 4)).sum(axis=0) % 2, 155, 100)[:, :, None].astype(np.float32)
+    config = RegenerationConfig(targets=False, far_levels=far_levels, far_gain=gain)
+    model = thermometer(1), None
+    # At the nearest grey nothing is gained; a level beside it, a hundredth of the squares.
+    for start, gained in (0.5, 0.0), (0.5 + 2.75 / 127.5, 0.01):
+        state = regeneration.init(jnp.asarray([start], jnp.float32), image, config)
+        state = state._replace(damping=jnp.float32(1e-6))
+        after, _ = update(model, image, state, config)
+        assert 1 - float(jnp.square(after.r).mean()) / (
+            27.5**2 + (2.75 if gained else 0) ** 2
+        ) == (pytest.approx(gained, abs=1e-3))
+        # A hundredth is progress where it is near, or where so little is asked for far away.
+        enough = gained > (gain if counted == 2 else config.min_gain)
+        assert int(after.stuck) == (0 if enough else counted)
+
+
+def test_what_a_processing_leaves_is_not_far(monkeypatch):
+    """Noise leaves an own image as far away as others; its search is not hurried for that."""
+    seen = []
+    monkeypatch.setattr(regeneration, "_search", lambda *args: seen.append(args[3].far_levels))
+    image = sampling.generate(OURS, RNG, 1)
+    noise = processing.get("noise")
+    regeneration.regenerate(OURS, image, RNG)
+    regeneration.regenerate(OURS, image, RNG, processing=noise)
+    assert seen == [RegenerationConfig.far_levels, noise.slack] and noise.slack > seen[0]
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -645,6 +677,9 @@ def test_weights_that_are_not_finite_are_named(own):
         {"max_levels": -1.0},
         {"rmse_levels": np.nan},
         {"switch_levels": -0.1},
+        {"far_levels": -0.1},
+        {"far_gain": -1e-3},
+        {"far_gain": 1.0},
     ],
     ids=str,
 )

@@ -14,8 +14,9 @@ from experiments import (
     perturbed_samples,
     single_model_attribution,
 )
-from flipad_jax import data
+from flipad_jax import data, metrics
 from flipad_jax.detection import attributor as attribution
+from flipad_jax.detection import one_class
 from flipad_jax.generators import zoo
 
 
@@ -218,3 +219,77 @@ def test_generators_that_are_kept_are_named_without_reading_the_training_images(
     _generators.load(config, None, ("dcgan",), (5, 7))
     assert asked == [1, 1, 300]
     np.testing.assert_array_equal(trained[0], images)
+
+
+@pytest.mark.slow
+def test_the_detector_study_scores_what_its_stages_hold(tmp_path):
+    flags = ("--families=dcgan", "--held_out=lsgan", "--methods=rawpad", "--changed=last_layer")
+    assert run(tmp_path, "detector_study", *flags) == 0
+    found = metrics_of(tmp_path)["families"]["dcgan"]
+    assert len(found) == 2 and "RawPAD" in found[0]
+    arrays = {}
+    for name in ("statistics", "activation_network"):
+        with np.load(tmp_path / "stages" / f"{name}-dcgan-1.npz") as stage:
+            arrays |= dict(stage)
+    # One statistic alone: its own threshold, [P1] E.3.
+    column = {name: arrays[f"activations-{name}"][:, 1] for name in ("calibration", "own", "real")}
+    threshold = np.quantile(column["calibration"], 0.95)
+    row = found[1]["channel moments, activations"]
+    expected = ((column["own"] <= threshold).mean() + (column["real"] > threshold).mean()) / 2
+    assert row["accuracy"]["real"] == pytest.approx(expected)
+    assert row["fnr"] == pytest.approx((column["own"] > threshold).mean())
+    # Groups are means over their sources, the mean is over rivals and not over our changed copies.
+    three = found[1]["three and altered copies, activations"]
+    assert set(three["accuracy"]) == {"real", "seeds", "last_layer"}
+    rivals = [three["accuracy"][group] for group in ("real", "seeds")]
+    assert three["mean"] == pytest.approx(np.mean(rivals))
+    assert three["worst"] == pytest.approx(min(rivals))
+    full = found[1]["one-class + impostors"]
+    assert set(full["accuracy"]) == set(three["accuracy"])
+    # Odds of a network are a statistic like any other: Fisher's sum of four columns.
+    values = {
+        name: np.column_stack([arrays[f"activations-{name}"], arrays[f"altered-{name}"]])
+        for name in ("reference", "own", "dcgan-0")
+    }
+    reference = np.sort(values["reference"], axis=0).T
+    sums = {name: one_class.fisher_sum(reference, values[name]) for name in ("own", "dcgan-0")}
+    assert three["auc"]["dcgan-0"] == pytest.approx(metrics.auc(sums["own"], sums["dcgan-0"]))
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_the_detector_study_refuses_overlapping_images(tmp_path, capsys):
+    assert run(tmp_path / "a", "detector_study", "--num_own=300") == 2
+    assert "behind which the test images begin" in capsys.readouterr().err
+    assert run(tmp_path / "b", "detector_study", "--seeds=1") == 2
+    assert "two at least" in capsys.readouterr().err
+
+
+def test_more_images_than_there_are_is_refused(tmp_path, capsys):
+    for method, name in ("sm_inv_l2", "inversion_images"), ("regeneration", "regeneration_images"):
+        flags = ("--num_test=8", f"--{name}=9", f"--methods={method}")
+        assert run(tmp_path / method, "single_model_attribution", *flags) == 2
+        assert f"--{name}=9: there are --num_test=8 images" in capsys.readouterr().err
+
+
+def test_a_recorded_generator_says_what_it_was_trained_on(tmp_path):
+    generator, entry = _generators.recorded("ours", "digits_dcgan_1")
+    assert entry == zoo.record("digits_dcgan_1") and generator.image_shape == (32, 32, 1)
+    path = tmp_path / "mine.safetensors"
+    kept = {key: value for key, value in entry.items() if key not in ("sha256", "command")}
+    zoo.save_file(path, generator, kept)
+    again, read = _generators.recorded("ours", str(path))
+    assert read["dataset"] == "digits" and again.latent_dim == generator.latent_dim
+    model = _generators.recorded_gan(read, features=(8, 8, 8))
+    assert model.latent_dim == 64 and model.generator.features == (8, 8, 8)
+    images = _generators.recorded_images(read, "test", 5)
+    np.testing.assert_array_equal(images, data.load("digits", split="test", image_size=32)[:5])
+    for missing in ("dataset", "discriminator_features"):
+        zoo.save_file(path, generator, {k: v for k, v in kept.items() if k != missing})
+        with pytest.raises(ValueError, match=r"--ours=.*mine.safetensors: expected a generator of"):
+            _generators.recorded("ours", str(path))
+    with pytest.raises(ValueError, match="--rivals=nobody: expected .*digits_dcgan_0"):
+        _generators.recorded("rivals", "nobody")
+    assert _generators.next_seed("other", "digits_lsgan_1") == "digits_lsgan_2"
+    for last in ("digits_dcgan_2", str(path)):
+        with pytest.raises(ValueError, match="--other is missing: no other seed of"):
+            _generators.next_seed("other", last)

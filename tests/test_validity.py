@@ -13,7 +13,7 @@ from scipy.spatial import distance
 
 from experiments import _config
 from flipad_jax import data, perturbations, zoo
-from flipad_jax.detection import validity
+from flipad_jax.detection import calibration, validity
 from flipad_jax.generators import sampling
 
 
@@ -318,9 +318,8 @@ def test_experiment_counts_wrong_verdicts_and_right_warnings(tmp_path, capsys):
         found["processed_among_warned"]["own"], hit / (hit + own["untouched"])
     )
     stage = np.load(tmp_path / "stages" / "judged.npz")
-    wrong = np.concatenate([stage[f"score-{name}"] for name in treatments]) > np.quantile(
-        stage["calibration"], 0.995
-    )
+    threshold = calibration.verdict_threshold(stage["calibration"], 0.005)
+    wrong = np.concatenate([stage[f"score-{name}"] for name in treatments]) > threshold
     warned = np.concatenate([stage[f"p_value-own-{name}"] for name in treatments]) <= 0.01
     assert found["own_wrong"] == wrong.sum()
     np.testing.assert_allclose(found["warned_among_own_wrong"], warned[wrong].mean())

@@ -30,6 +30,7 @@ def own_images(seed, num):
 def save_attributor(path, num_images, *, num_components=5, **settings):
     """Fits an attributor to so many own images and saves it; `settings` of AttributorConfig."""
     images, z = own_images(1, num_images)
+    settings = {"num_altered": 0, **settings}
     config = AttributorConfig(one_class=OneClassConfig(num_components=num_components), **settings)
     fitted = flipad_jax.fit(LAYER, z.mean(0), images, rng=jax.random.key(0), config=config)
     flipad_jax.save(fitted, path)

@@ -12,7 +12,7 @@ when a verdict is asked for, without fitting again.
 Four detectors are one configuration away:
 
 *   `AttributorConfig()`: the one-class detector, own images only (`one_class.py`), or own images
-    and those of impostors of our own generator (`impostor_classifier.py`); the default.
+    and those of impostors of our own generator; the default.
 *   `AttributorConfig(detector="deepsad")`: FLIPAD, DeepSAD on activations, own against real images.
 *   the same with `features="pixels"` or `features="dct"`: RawPAD and DCTPAD, without inversion.
 """
@@ -30,18 +30,18 @@ import numpy as np
 from absl import logging
 from flax import struct
 
-from flipad_jax import conventions, data, parallel
+from flipad_jax import conventions, data, metrics, parallel, perturbations
 from flipad_jax.detection import (
     calibration,
+    classifier,
     deepsad,
     features,
-    impostor_classifier,
     one_class,
     validity,
 )
+from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
 from flipad_jax.detection.feature_rows import FeatureRows
-from flipad_jax.detection.impostor_classifier import ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
 from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion.final_layer import FinalLayer, invert
@@ -59,6 +59,7 @@ __all__ = [
     "departures",
     "fit",
     "kept_bytes",
+    "num_altered_inverted",
     "score",
     "score_with_info",
     "verdicts",
@@ -67,6 +68,17 @@ __all__ = [
 DETECTORS = ("one_class", "deepsad")
 _USUAL_FNR = 0.005  # of the FLIPAD paper
 _PART = 2**26  # bytes of activations that are kept at a time
+_TRIED_ITERATIONS = (3, 10, 30, 100)
+_TRIED_ON = 800  # own images at most
+_AREA_LOST = 0.005  # of the area under the ROC curve, for fewer iterations
+_MOST_INVERTED = 4096  # altered copies
+_FEWEST_INVERTED = 512  # where there is no room for more; a network needs some to learn from
+_ALTERED_BYTES = 2**30
+_LEARNED = {
+    "altered": "altered copies",
+    "altered_activations": "activations of altered copies",
+    "impostors": "impostors",
+}
 _DOUBTED = 0.01  # p-value of "untouched" up to which a verdict is doubted
 
 
@@ -84,18 +96,26 @@ class AttributorConfig:
       tol: relative duality gap that every inversion must reach; 0 for exactly `max_iters`
         iterations on every image alike, without certificate (the gap reached is
         reported all the same).
-      max_iters: iterations, at most these if `tol` is not 0.
+      max_iters: iterations, at most these if `tol` is not 0. 0: as few as `fit` finds to tell own
+        images from altered copies of them as well as many do; the attributor's own settings then
+        name the number. One-class detector with `tol` 0 only.
       method: solver, see `lasso.METHODS`.
       one_class: settings of the one-class detector.
-      impostor: settings of its network, which there is if `fit` is given images of impostors.
+      classifier: settings of its networks: two that learn altered copies of own images, one from
+        images and one from activations, and one more if `fit` is given images of impostors.
+      num_altered: altered copies; at most 4096 are inverted, fewer where activations are large. 0
+        for no such networks, which is quicker to fit and far worse.
       num_inverted: with a network, no more own images than this are inverted for the other
-        statistics; all that neither calibrate nor serve as reference teach the network, which is
-        better the more it sees.
+        statistics; all that neither calibrate nor serve as reference teach the networks, which are
+        better the more they see.
+      immunize: what happens to images before they are judged, a name of `perturbations.apply`:
+        all that are learned from and calibrate are treated so first. "any" where it is not known
+        which.
       deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
       calibration_share: share of the generated images that calibrate; the one-class detector takes
         as many again as reference for its tail probabilities.
       check_untouched: learn, from own images, to tell processed images from untouched ones
-        (`validity`); some seconds of fitting.
+        (`validity`); some seconds of fitting. Not where they are processed on purpose (`immunize`).
       batch_size: images inverted and scored at a time: memory does not grow with the number of
         images.
     """
@@ -108,8 +128,10 @@ class AttributorConfig:
     max_iters: int = 30
     method: str = "fista"
     one_class: OneClassConfig = OneClassConfig()
-    impostor: ImpostorClassifierConfig = ImpostorClassifierConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    num_altered: int = 8192
     num_inverted: int = 2000
+    immunize: str = "none"
     deepsad: DeepSADConfig | None = None
     calibration_share: float = 0.25
     check_untouched: bool = True
@@ -130,9 +152,17 @@ class AttributorConfig:
             raise ValueError(
                 f"calibration_share={self.calibration_share}: expected above 0 and below 0.5"
             )
+        perturbations.parse(self.immunize)
         if self.num_inverted < 30:
             raise ValueError(f"num_inverted={self.num_inverted}: expected 30 at least")
-        if self.batch_size < 1 or self.max_iters < 1 or not self.tol >= 0 or not self.lam >= 0:
+        if self.num_altered != 0 and self.num_altered < 16:
+            raise ValueError(f"num_altered={self.num_altered}: expected 16 at least, or 0 for none")
+        if self.max_iters == 0 and (self.detector != "one_class" or self.tol > 0):
+            raise ValueError(
+                "max_iters=0 (as few as are found to suffice) goes with the one-class detector and "
+                f"tol=0, got detector={self.detector!r}, tol={self.tol}"
+            )
+        if self.batch_size < 1 or self.max_iters < 0 or not self.tol >= 0 or not self.lam >= 0:
             raise ValueError(
                 f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: "
                 "must not be negative"
@@ -226,7 +256,7 @@ class Verdicts(NamedTuple):
     Attributes:
       score: `[n]`, higher = less likely ours.
       p_value: `[n]` conformal: P(an own image scores this high or higher); NaN without a verdict.
-      threshold: the (1 - fnr) quantile of the calibration scores.
+      threshold: `calibration.verdict_threshold` of the calibration scores.
       accepted: `[n]` bool, attributed to our model. False without a verdict.
       converged: `[n]` bool, see `Scores`; no verdict is given where False.
       verdict: `[n]` text: "ours", "not_ours" or "cannot_judge".
@@ -366,6 +396,67 @@ def _profile(own: features.Moments) -> ActivationProfile:
     return ActivationProfile(own.mean, jnp.sqrt(variance + floor), int(own.num_samples))
 
 
+def _as_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
+    images = np.asarray(images)
+    return images if images.dtype == np.uint8 else data.to_uint8(images)
+
+
+def _treated(
+    config: AttributorConfig, images: np.ndarray, rng: jax.Array, number: int
+) -> np.ndarray:
+    """Images of the set of that number, as `config.immunize` says that they are seen."""
+    if config.immunize == "none":
+        return images
+    treatment = jax.random.fold_in(jax.random.fold_in(rng, 4), number)
+    return perturbations.apply(config.immunize, _as_uint8(images), treatment)
+
+
+def _with_enough_iterations(layer, z_bar, config, own, copies, progress) -> AttributorConfig:
+    """The settings with the fewest iterations whose statistics tell own images from altered copies
+    of them nearly as well as the best of `_TRIED_ITERATIONS` do (area under the ROC curve).
+
+    Half of the own images fit the statistics and a quarter are their reference; the last quarter
+    and copies of the last half are told apart.
+    """
+    num_fitted, num_reference = len(own) // 2, len(own) // 4
+    if num_reference < 20:  # Too few to fit anything to.
+        return dataclasses.replace(config, max_iters=AttributorConfig.max_iters)
+    areas = []
+    for place, max_iters in enumerate(_TRIED_ITERATIONS):
+        tried = dataclasses.replace(config, max_iters=max_iters)
+
+        def activations(images, tried=tried):
+            found = _raw_features(
+                layer, z_bar, tried, images, "", 0, len(images), progress=_no_progress
+            )
+            return np.concatenate([np.asarray(batch) for _, batch in found])
+
+        mine, theirs = activations(own), activations(copies)
+        parts = np.split(mine, [num_fitted, num_fitted + num_reference])
+        fitted = one_class.fit(parts[0], parts[1], config.one_class)
+        areas.append(
+            metrics.auc(one_class.score(fitted, parts[2]), one_class.score(fitted, theirs))
+        )
+        progress("how many iterations it takes", place + 1, len(_TRIED_ITERATIONS))
+    enough = next(i for i, area in enumerate(areas) if area >= max(areas) - _AREA_LOST)
+    logging.info(
+        "areas of own images against altered copies by iterations: %s",
+        ", ".join(f"{n}: {area:.4f}" for n, area in zip(_TRIED_ITERATIONS, areas)),
+    )
+    return dataclasses.replace(config, max_iters=_TRIED_ITERATIONS[enough])
+
+
+def num_altered_inverted(layer: FinalLayer, config: AttributorConfig) -> int:
+    """How many altered copies `fit` inverts: 4096 at most, of large activations fewer or none."""
+    wanted = min(config.num_altered, _MOST_INVERTED)
+    room = _ALTERED_BYTES // (4 * math.prod(layer.operator.input_shape))
+    return wanted if wanted <= room else room if room >= _FEWEST_INVERTED else 0
+
+
+def _report(progress: Progress, what: str, total: int, done: int) -> None:
+    progress(what, done, total)
+
+
 def _deepsad_detector(raw, kept_parts, own_images, real_images, rng, config, progress, kept):
     """DeepSAD and, if it looks at activations, the profile of own ones.
 
@@ -457,8 +548,8 @@ def fit(
       config: settings.
       progress: called with (what is being done, how much is done, of how much).
       kept: what an earlier call with the same arguments had done, which is not done again: inverted
-        images and epochs of DeepSAD. The result is the same. (Impostors' images are learned in some
-        minutes, which are not kept.)
+        images and epochs of DeepSAD. The result is the same. (Networks learn in a minute or
+        two, which is not kept.)
     Returns:
       The attributor. Calibration images whose inversion missed its tolerance are left out of its
       `calibration_scores`; fnr below 1 / (their number + 1) cannot be certified with it.
@@ -491,8 +582,8 @@ def fit(
     # Here, and not after hours of inversion: a batch must be one that processes can share.
     if config.detector == "deepsad":
         parallel.mesh(config.deepsad_config().batch_size)
-    elif impostors is not None:
-        parallel.mesh(2 * config.impostor.batch_size)
+    elif impostors is not None or config.num_altered:
+        parallel.mesh(2 * config.classifier.batch_size)
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -512,13 +603,22 @@ def fit(
             _USUAL_FNR,
             round(1 / _USUAL_FNR) - 1,
         )
+    given, generated = generated, _treated(config, generated, rng, 0)
+    if real is not None:
+        real = _treated(config, real, rng, 1)
     untouched = None
-    if config.check_untouched:
+    if config.check_untouched and config.immunize == "none":
         progress("learning what untouched images look like", 0, 1)
-        own = generated if generated.dtype == np.uint8 else data.to_uint8(generated)
-        untouched = validity.fit(own, jax.random.fold_in(rng, 2))
+        untouched = validity.fit(_as_uint8(generated), jax.random.fold_in(rng, 2))
         progress("learning what untouched images look like", 1, 1)
-    z_bar = jnp.asarray(z_bar)
+    z_bar = jnp.array(z_bar)  # A copy, for the attributor keeps it.
+    if config.max_iters == 0:
+        stream = int(jax.random.randint(jax.random.fold_in(rng, 5), (), 0, 2**31 - 1))
+        # Images that calibrate nothing: what is chosen by them must not favour them.
+        few = _as_uint8(given[order[num_calibration:][:_TRIED_ON]])
+        copies = perturbations.alter(few[len(few) // 2 :], stream, len(few) // 2)
+        trials = _treated(config, few, rng, 4), _treated(config, copies, rng, 5)
+        config = _with_enough_iterations(layer, z_bar, config, *trials, progress)
     raw = functools.partial(_raw_features, layer, z_bar, config, progress=progress)
 
     def kept_parts(num_images, name, compute):
@@ -529,7 +629,8 @@ def fit(
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
         reference, fitting = rest[:num_calibration], rest[num_calibration:]
-        inverted = fitting if impostors is None else fitting[: config.num_inverted]
+        taught = impostors is not None or config.num_altered > 0
+        inverted = fitting[: config.num_inverted] if taught else fitting
         chosen = generated[np.concatenate([reference, inverted])]
         activation = layer.operator.input_shape
         held_out = FeatureRows((len(reference), *activation))
@@ -549,22 +650,52 @@ def fit(
                 fitted_on[first : first + len(rows) - cut] = rows[cut:]
         moments = map(_moments, fitted_on.batches(config.batch_size))
         profile = _profile(functools.reduce(_merge_moments, moments))
-        classifier = None
+        lookalikes = {}
+        if config.num_altered:
+            progress("altering own images", 0, config.num_altered)
+            stream = int(jax.random.randint(jax.random.fold_in(rng, 3), (), 0, 2**31 - 1))
+            copies = perturbations.alter(_as_uint8(given[fitting]), stream, config.num_altered)
+            # Altered first: what is done to all images is done to a rival's, too.
+            lookalikes["altered"] = _treated(config, copies, rng, 2)
+            progress("altering own images", config.num_altered, config.num_altered)
         if impostors is not None:
-            classifier = impostor_classifier.fit(
-                train_rng,
-                generated[fitting],
-                impostors,
-                config.impostor,
-                progress=lambda step: progress(
-                    "learning from impostors, steps", step, config.impostor.num_steps
-                ),
-            )
+            lookalikes["impostors"] = _treated(config, impostors, rng, 3)
+        own = generated[fitting] if lookalikes else generated[:0]
+        learned: dict[str, tuple[Any, Any, str]] = {
+            name: (own, others, "images") for name, others in lookalikes.items()
+        }
+        if config.num_altered:
+            copies = lookalikes["altered"][: num_altered_inverted(layer, config)]
+            if len(copies):
+                rows = FeatureRows((len(copies), *activation))
+
+                def altered_activations(first, last):
+                    found = raw(copies, "inverting altered copies", first, last)
+                    return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
+
+                for start, part in kept_parts(len(copies), "altered", altered_activations):
+                    rows[start : start + len(part["rows"])] = part["rows"]
+                learned["altered_activations"] = (fitted_on, rows, "activations")
+        classifiers = {}
+        for number, name in enumerate(one_class.CLASSIFIERS):
+            if name in learned:
+                mine, others, reads = learned[name]
+                what = f"learning from {_LEARNED[name]}, steps"
+                classifiers[name] = classifier.fit(
+                    jax.random.fold_in(train_rng, number),
+                    mine,
+                    others,
+                    config.classifier,
+                    reads=reads,
+                    progress=functools.partial(
+                        _report, progress, what, config.classifier.num_steps
+                    ),
+                )
         detector = one_class.fit(
             fitted_on,
             held_out,
             config.one_class,
-            classifier=classifier,
+            classifiers=classifiers,
             reference_images=generated[reference],
         )
     else:
@@ -634,8 +765,9 @@ def kept_bytes(
         raw = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         shape = jax.eval_shape(functools.partial(features.extract, chosen), raw).shape[1:]
         num_rows += num_real
-    elif with_impostors:
+    elif with_impostors or config.num_altered:
         num_rows = min(num_rows, num_calibration + config.num_inverted)
+        num_rows += num_altered_inverted(layer, config)
     return 4 * num_rows * math.prod(shape)
 
 
@@ -788,7 +920,8 @@ def verdicts(
     Raises:
       ValueError: for bad images, or an fnr outside [0, 1].
     """
-    calibration.threshold(attributor.calibration_scores, fnr)  # Refuses a bad rate, before work.
+    # Refuses a bad rate, before work.
+    calibration.verdict_threshold(attributor.calibration_scores, fnr)
     scores = score_with_info(attributor, images, progress=progress)
     return decide(attributor, scores, fnr)._replace(doubt=doubts(attributor, images))
 
@@ -803,7 +936,7 @@ def decide(attributor: Attributor, scores: Scores, fnr: float = 0.005) -> Verdic
     Returns, errors:
       As for `verdicts`, without doubts, which take the images.
     """
-    threshold = calibration.threshold(attributor.calibration_scores, fnr)
+    threshold = calibration.verdict_threshold(attributor.calibration_scores, fnr)
     judged = np.isfinite(scores.score) & scores.converged
     accepted = judged & (scores.score <= threshold)
     p_value = np.where(

@@ -30,8 +30,8 @@ from flipad_jax.detection.attributor import (
     AttributorConfig,
     DeepSADDetector,
 )
+from flipad_jax.detection.classifier import Classifier, ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSAD, DeepSADConfig
-from flipad_jax.detection.impostor_classifier import ImpostorClassifier, ImpostorClassifierConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
 from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion import linops
@@ -39,7 +39,7 @@ from flipad_jax.inversion.final_layer import FinalLayer
 
 __all__ = ["FORMAT", "describe", "load", "save"]
 
-FORMAT = 2
+FORMAT = 3
 _ARRAYS, _SETTINGS = "attributor.safetensors", "attributor.json"
 _OPERATORS = {cls.__name__: cls for cls in (linops.ConvTranspose, linops.Conv, linops.Dense)}
 
@@ -222,27 +222,30 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
     )
     stored = dict(settings["config"])
     stored["one_class"] = OneClassConfig(**stored["one_class"])
-    stored["impostor"] = ImpostorClassifierConfig(**stored["impostor"])
+    stored["classifier"] = ClassifierConfig(**stored["classifier"])
     if stored["deepsad"] is not None:
         stored["deepsad"] = DeepSADConfig(**stored["deepsad"])
     config = AttributorConfig(**stored)
     arrays = jax.tree.map(jnp.asarray, tree["detector"])
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        classifier = None
-        if arrays.get("classifier"):
-            classifier = ImpostorClassifier(
-                arrays["classifier"]["variables"],
-                image_shape,
-                config.impostor,
+        classifiers = {
+            name: Classifier(
+                parts["variables"],
+                parts.get("offset"),
+                parts.get("scale"),
+                geometry["input_shape"] if "offset" in parts else image_shape,
+                config.classifier,
             )
+            for name, parts in arrays.get("classifiers", {}).items()
+        }
         detector = OneClass(
             mean=arrays["mean"],
             directions=arrays["directions"],
             moments=one_class.Gaussian(**arrays["moments"]),
             quantiles=one_class.Gaussian(**arrays["quantiles"]),
             reference=arrays["reference"],
-            classifier=classifier,
+            classifiers=classifiers,
             input_shape=geometry["input_shape"],
             config=config.one_class,
         )

@@ -3,6 +3,9 @@
 Scores: higher = less likely ours; an image is declared not ours iff its score is above (not at) the
 threshold. All thresholds come from scores of own images that trained nothing (a validation split).
 
+A verdict takes `verdict_threshold`: conformal where n own scores certify the rate, the quantile of
+the paper where they are too few to.
+
 What n own scores can certify. The empirical quantile of the paper (`threshold`) rejects a new own
 image with probability fnr only about: with few scores the true rate may be twice that.
 `conformal_threshold` keeps P(own image rejected) <= fnr for every n and every detector, given only
@@ -26,6 +29,7 @@ __all__ = [
     "conformal_threshold",
     "smallest_certifiable_fnr",
     "threshold",
+    "verdict_threshold",
 ]
 
 
@@ -97,6 +101,23 @@ def conformal_threshold(own_scores: ArrayLike, fnr: float) -> float:
     if allowed > scores.size:
         return -math.inf  # fnr = 1: everything may be rejected
     return float(scores[scores.size - allowed])
+
+
+def verdict_threshold(own_scores: ArrayLike, fnr: float) -> float:
+    """The threshold that verdicts are given by.
+
+    `conformal_threshold` where n >= 1 / fnr - 1 scores certify the rate: a new own image is
+    rejected with probability fnr at most, and an image is called not ours exactly where its
+    `conformal_p_values` is fnr or less. With fewer scores nothing would ever be rejected; then
+    `threshold`, which certifies nothing.
+
+    Args, errors: as for `threshold`.
+
+    Returns:
+      A finite threshold; reject what is strictly above.
+    """
+    certified = conformal_threshold(own_scores, fnr)
+    return certified if math.isfinite(certified) else threshold(own_scores, fnr)
 
 
 def conformal_p_values(own_scores: ArrayLike, scores: ArrayLike) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One-class detector: own images only, no network, no image of anybody else.
+"""One-class detector: no image of anybody else, own images are enough.
 
 DeepSAD learns what separates own from *real* images and is blind to whatever another model shares
 with ours. Inverted activations z' = z - z_bar carry more than that difference, and three statistics
@@ -9,19 +9,21 @@ of them, fitted on own images alone, read it off:
 *   **channel moments**: Mahalanobis distance of the per-channel means and standard deviations;
 *   **quantiles**: Mahalanobis distance of a few quantiles of all entries of z'.
 
+Small networks can be added (`classifier`, `fit(..., classifiers=)`), each a statistic more, the
+odds that an image only looks like ours:
+
+*   **altered**: it learned to tell own images from altered copies of them (`perturbations.alter`);
+    own images are enough for it, and it sees most rivals.
+*   **altered_activations**: the same from z', of own images and of altered copies.
+*   **impostors**: it learned to tell own images from those of changed copies of our own generator
+    (`generators.impostors`), for which one needs the generator. It sees our own model after some
+    more training best.
+
 Own images that fitted nothing of this (the reference) turn each statistic s into a tail probability
-p(s), and the score is Fisher's sum -2 sum_i log p_i, higher = less likely ours. The statistics are
-dependent, so the sum is a score and no chi-square: its threshold comes from a third set of own
-images (`calibration`).
-
-Who has the generator itself, and not only its images, can add a fourth (`fit(..., classifier=)`):
-
-*   **impostor**: the logit of a small network that learned to tell own images from those of changed
-    copies of our own generator (`impostor_classifier`, `generators.impostors`).
-
-It counts one and a half times: it is the one that sees another seed of our architecture, which the
-three may miss, and blind to some of what they see. (That weight, and not the network, was chosen
-while looking at rivals; 1 to 2 serve.)
+p(s), and the score is Fisher's sum -2 sum_i w_i log p_i, higher = less likely ours. The statistics
+are dependent, so the sum is a score and no chi-square: its threshold comes from a third set of own
+images (`calibration`). A network counts one and a half times: it sees what the first three may
+miss. (That weight, and no network, was chosen while looking at rivals; 1 to 3 serve.)
 
 An empirical p-value cannot fall below 1 / (n + 1), so alone it would throw away how far beyond all
 own images a statistic lies. Above the reference's 98 % quantile u the tail is therefore continued
@@ -32,6 +34,8 @@ estimate gamma of its index: heavy tails of own images give far values less weig
 import dataclasses
 import functools
 import math
+import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +44,26 @@ from flax import struct
 from jax import lax
 
 from flipad_jax import parallel
-from flipad_jax.detection import impostor_classifier
+from flipad_jax.detection import classifier
+from flipad_jax.detection.classifier import Classifier
 from flipad_jax.detection.feature_rows import FeatureRows
-from flipad_jax.detection.impostor_classifier import ImpostorClassifier
 
-__all__ = ["STATISTICS", "Gaussian", "OneClass", "OneClassConfig", "fit", "score", "statistics"]
+__all__ = [
+    "CLASSIFIERS",
+    "STATISTICS",
+    "Gaussian",
+    "OneClass",
+    "OneClassConfig",
+    "fisher_sum",
+    "fit",
+    "score",
+    "statistics",
+]
 
-STATISTICS = ("residual", "channel_moments", "quantiles", "impostor")
+STATISTICS = ("residual", "channel_moments", "quantiles")
+CLASSIFIERS = ("altered", "altered_activations", "impostors")
 
-_WEIGHTS = (1.0, 1.0, 1.0, 1.5)  # in Fisher's sum
+_CLASSIFIER_WEIGHT = 1.5  # in Fisher's sum, where each of STATISTICS has 1
 _LARGEST_LOGIT = 80.0  # its exponential is still a float32
 
 _TAIL = 0.02  # share of the reference in the tail that Hill's estimate sees
@@ -97,8 +112,9 @@ class OneClass:
       directions: `[d, r]` orthonormal principal directions.
       moments: mean `[2 c]` and precision of the channel moments.
       quantiles: mean and precision of the quantiles.
-      reference: `[3 or 4, n]` sorted statistics of the reference images.
-      classifier: network of the fourth statistic, or None.
+      reference: `[k, n]` sorted statistics of the reference images: `STATISTICS`, then those of the
+        classifiers.
+      classifiers: networks by name, of `CLASSIFIERS`.
       input_shape: (h, w, c) of an activation (static).
       config: settings (static).
     """
@@ -108,7 +124,7 @@ class OneClass:
     moments: Gaussian
     quantiles: Gaussian
     reference: jax.Array
-    classifier: ImpostorClassifier | None
+    classifiers: dict[str, Classifier]
     input_shape: tuple[int, int, int] = struct.field(pytree_node=False)
     config: OneClassConfig = struct.field(pytree_node=False)
 
@@ -183,7 +199,7 @@ def fit(
     reference: np.ndarray | FeatureRows,
     config: OneClassConfig = OneClassConfig(),
     *,
-    classifier: ImpostorClassifier | None = None,
+    classifiers: Mapping[str, Classifier] = types.MappingProxyType({}),
     reference_images: np.ndarray | None = None,
 ) -> OneClass:
     """Fit the statistics on one set of own images and their tail probabilities on another.
@@ -193,15 +209,19 @@ def fit(
         on disk never more than a batch is in memory.
       reference: the same of other own images, `[m, h, w, c]`; shares no image with `own`.
       config: settings.
-      classifier: network of the fourth statistic; it has not seen the reference.
-      reference_images: the images behind `reference`, for the classifier.
+      classifiers: networks by name, of `CLASSIFIERS`; they have not seen the reference.
+      reference_images: the images behind `reference`, for the networks.
     Returns:
       The detector. Calibrate it on own images that are in neither set.
     Raises:
-      ValueError: for shapes that differ, NaN, or too few images to fit anything (30 and 20).
+      ValueError: for shapes that differ, NaN, too few images to fit anything (30 and 20), or a
+        classifier of another name.
     """
     from sklearn.covariance import ledoit_wolf
 
+    unknown = sorted(set(classifiers) - set(CLASSIFIERS))
+    if unknown:
+        raise ValueError(f"classifiers {unknown}: expected some of {CLASSIFIERS}")
     _check("activations", own)
     shape = tuple(own.shape[1:])
     _check("reference activations", reference, shape)
@@ -251,7 +271,7 @@ def fit(
         moments=gaussian(channel_moments),
         quantiles=gaussian(quantiles),
         reference=jnp.zeros((0, 0), jnp.float32),
-        classifier=classifier,
+        classifiers=dict(classifiers),
         input_shape=shape,
         config=config,
     )
@@ -319,7 +339,7 @@ def _streamed_directions(
 def statistics(
     model: OneClass, z: np.ndarray | FeatureRows, images: np.ndarray | None = None
 ) -> np.ndarray:
-    """The statistics of `STATISTICS`, each positive and higher = less likely ours.
+    """The statistics, each positive and higher = less likely ours.
 
     Args:
       model: from `fit`.
@@ -327,29 +347,34 @@ def statistics(
       images: the images behind `z`, uint8 or float32 in [-1, 1]; needed if the model has a
         classifier.
     Returns:
-      `[n, 3]` float32, with a classifier `[n, 4]`, the last one its odds; a row is NaN if its
-      activation is not finite.
+      `[n, k]` float32: `STATISTICS`, then the odds of each classifier in the order of
+      `CLASSIFIERS`; a row is NaN if its activation is not finite.
     Raises:
       ValueError: for another shape than in `fit`, or images that are missing or not as many.
     """
     _check("activations", z, model.input_shape)
     found = _activation_statistics(model, z)
-    if model.classifier is None:
-        return found
-    if images is None or len(images) != len(z):
+    reads_images = any(network.reads == "images" for network in model.classifiers.values())
+    shown = np.zeros((0, 0, 0, 0)) if images is None else images
+    if reads_images and len(shown) != len(z):
         raise ValueError(
-            f"the classifier of this detector needs the {len(z)} images behind the activations, "
+            f"the classifiers of this detector need the {len(z)} images behind the activations, "
             f"got {'none' if images is None else len(images)}"
         )
-    odds = impostor_classifier.logits(model.classifier, images)
-    odds = np.exp(np.clip(odds, -_LARGEST_LOGIT, _LARGEST_LOGIT)).astype(np.float32)
-    odds[np.isnan(found).any(axis=1)] = np.nan
-    return np.concatenate([found, odds[:, None]], axis=1)
+    columns = [found]
+    for name in CLASSIFIERS:
+        if name in model.classifiers:
+            network = model.classifiers[name]
+            odds = classifier.logits(network, shown if network.reads == "images" else z)
+            odds = np.exp(np.clip(odds, -_LARGEST_LOGIT, _LARGEST_LOGIT)).astype(np.float32)
+            odds[np.isnan(found).any(axis=1)] = np.nan
+            columns.append(odds[:, None])
+    return np.concatenate(columns, axis=1)
 
 
 def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.ndarray:
     mesh = parallel.local_mesh(model.config.batch_size)
-    fitted = parallel.replicate(dataclasses.replace(model, classifier=None), mesh)
+    fitted = parallel.replicate(dataclasses.replace(model, classifiers={}), mesh)
     rows = [np.zeros((0, 3), np.float32)]
     for batch, count in _batches(z, model.config.batch_size):
         quantiles = _quantiles(batch, model.config.quantiles)
@@ -375,19 +400,34 @@ def _log_tail_probability(reference: np.ndarray, values: np.ndarray) -> np.ndarr
     return np.where(log_values > edge, beyond, empirical)
 
 
+def fisher_sum(reference: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
+    """Fisher's weighted sum of the log tail probabilities.
+
+    Args:
+      reference: `[k, m]` sorted statistics of the reference images, see `OneClass`.
+      values: `[n, k]` from `statistics`.
+    Returns:
+      `[n]` float64, higher = less likely ours; NaN where a statistic is not finite.
+    """
+    reference, values = (
+        np.asarray(reference, np.float64),
+        np.asarray(values, np.float64),
+    )
+    weights = [1.0] * len(STATISTICS) + [_CLASSIFIER_WEIGHT] * (len(reference) - len(STATISTICS))
+    with np.errstate(invalid="ignore"):
+        logs = [
+            weight * _log_tail_probability(sorted_values, column)
+            for weight, sorted_values, column in zip(weights, reference, values.T, strict=True)
+        ]
+    total = -2 * np.sum(logs, axis=0)
+    return np.where(np.isfinite(values).all(axis=1), total, np.nan)
+
+
 def score(model: OneClass, z: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
-    """Fisher's weighted sum of the log tail probabilities: higher = less likely ours.
+    """`fisher_sum` of the statistics: higher = less likely ours.
 
     Args, errors: as for `statistics`.
     Returns:
       `[n]` float64; NaN for an activation that is not finite.
     """
-    values = statistics(model, z, images).astype(np.float64)
-    reference = np.asarray(model.reference, np.float64)
-    with np.errstate(invalid="ignore"):
-        logs = [
-            weight * _log_tail_probability(sorted_values, column)
-            for weight, sorted_values, column in zip(_WEIGHTS, reference, values.T)
-        ]
-    total = -2 * np.sum(logs, axis=0)
-    return np.where(np.isfinite(values).all(axis=1), total, np.nan)
+    return fisher_sum(model.reference, statistics(model, z, images))

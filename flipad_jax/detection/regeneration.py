@@ -96,6 +96,11 @@ class RegenerationConfig:
         is given up; half of it sends a search from targets to levels.
       min_gain: relative decrease of the squared residual that counts as progress; in target space
         three times that.
+      far_levels: root mean square error, in grey levels, above which a search in levels has to
+        hurry: half the patience, and `far_gain`. An image of ours is found long before it crawls
+        there; what is not ours comes to rest. A processing that leaves own images further away
+        raises it to its slack.
+      far_gain: `min_gain` there, if it is more.
       start_scale: standard deviation of random starts; below that of the latents, because a start
         near zero is in the middle of the images.
       prior: weight of ||z||^2 beside the squared residual in target space, a hundredth of it in
@@ -120,6 +125,8 @@ class RegenerationConfig:
     switch_levels: float = 1.0
     patience: int = 8
     min_gain: float = 3e-3
+    far_levels: float = 4.0
+    far_gain: float = 2e-2
     start_scale: float = 0.7
     prior: float = 10.0
     max_levels: float = 1.0
@@ -145,14 +152,17 @@ class RegenerationConfig:
             )
         if not 0 <= self.min_gain < 1 / 3:
             raise ValueError(f"RegenerationConfig: {self.min_gain=} must be in [0, 1/3)")
+        if not 0 <= self.far_gain < 1:
+            raise ValueError(f"RegenerationConfig: {self.far_gain=} must be in [0, 1)")
         if not 0 < self.slack < 127:
             raise ValueError(f"RegenerationConfig: {self.slack=} must be in (0, 127) grey levels")
         if not 0 <= self.prior < math.inf:
             raise ValueError(f"RegenerationConfig: {self.prior=} must be finite and not negative")
-        if not all(v >= 0 for v in (self.max_levels, self.rmse_levels, self.switch_levels)):
+        levels = (self.max_levels, self.rmse_levels, self.switch_levels, self.far_levels)
+        if not all(v >= 0 for v in levels):
             raise ValueError(
-                f"RegenerationConfig: {self.max_levels=}, {self.rmse_levels=} and "
-                f"{self.switch_levels=} must not be negative"
+                f"RegenerationConfig: {self.max_levels=}, {self.rmse_levels=}, "
+                f"{self.switch_levels=} and {self.far_levels=} must not be negative"
             )
 
 
@@ -163,7 +173,7 @@ class RegenerationState(NamedTuple):
       z: `[d]` latent, behind it the unknowns of the processing.
       damping: `[]` relative to the mean of the diagonal of J^T J.
       in_targets: `[]` bool, whether the residual is that of target space.
-      stuck: `[]` int32, steps without progress so far.
+      stuck: `[]` int32, steps without progress so far; far from the image each counts twice.
       made: `[h, w, c]` the image of z, in [-1, 1].
       r: `[D]` its residual.
       jacobian: `[d, D]` of r at z, transposed, or what Broyden's formula has made of it since.
@@ -349,13 +359,16 @@ def update(
     better = costs[best] < before
     age = state.age + 1
     own_jacobian = state.age == 0
-    min_gain = jnp.where(state.in_targets, 3 * config.min_gain, config.min_gain)
-    gained = costs[best] < (1 - min_gain) * before
-    # A borrowed Jacobian that leads nowhere says nothing about the place.
-    stuck = jnp.where(gained, 0, state.stuck + own_jacobian)
     made = jnp.where(better, tried[best], state.made)
     levels = jnp.clip(jnp.round(_levels(made)), 0, 255)
-    near = jnp.sqrt(jnp.square(levels - image).mean()) < config.switch_levels
+    rmse = jnp.sqrt(jnp.square(levels - image).mean())
+    near = rmse < config.switch_levels
+    far = ~state.in_targets & (rmse > config.far_levels)
+    min_gain = jnp.where(state.in_targets, 3 * config.min_gain, config.min_gain)
+    far_gain = max(config.far_gain, config.min_gain)
+    gained = costs[best] < (1 - jnp.where(far, far_gain, min_gain)) * before
+    # A borrowed Jacobian that leads nowhere says nothing about the place.
+    stuck = jnp.where(gained, 0, state.stuck + own_jacobian * (1 + far))
     switch = state.in_targets & (near | (stuck >= -(-config.patience // 2)))
     rejected = jnp.where(own_jacobian, dampings.max(), state.damping)
     damping = jnp.clip(jnp.where(better, dampings[best], rejected), 1e-8, 1e8)
@@ -559,7 +572,8 @@ def regenerate(
         near = _nearest(bank, images, min(-(-config.num_starts // 2), len(bank.latents)))
     unknown_starts: tuple[tuple[float, ...], ...] = ((),)
     if processing is not None:
-        config = dataclasses.replace(config, slack=processing.slack)
+        far_levels = max(config.far_levels, processing.slack)
+        config = dataclasses.replace(config, slack=processing.slack, far_levels=far_levels)
         unknown_starts = processing.starts
     unknowns = len(unknown_starts[0])
 

@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flipad_jax import data
+from flipad_jax import data, files
 from flipad_jax.generators import impostors as _impostors
 from flipad_jax.inversion import final_layer as _final_layer
 from flipad_jax.inversion import linops
@@ -1147,15 +1147,13 @@ def write(imported: ImportedGenerator, folder: str | os.PathLike) -> None:
     metadata = {"layer": kind, "layout": "flipad", "activation": imported.layer.activation}
     metadata |= {name: str(value) for name, value in geometry.items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write_bytes(
+    files.write_atomically(
         folder / "last_layer.safetensors",
         save(arrays, metadata={"flipad_jax": json.dumps(metadata, sort_keys=True)}),
     )
     mean_path = folder / "mean_activation.npy"
-    partial = folder / ".mean_activation.npy.partial"
-    with open(partial, "wb") as file:
+    with files.replacing(mean_path) as file:
         np.save(file, np.asarray(imported.z_bar), allow_pickle=False)
-    os.replace(partial, mean_path)
     for name, batch in images.items():
         data.write_images(folder / name, batch)
     flags = {
@@ -1169,13 +1167,7 @@ def write(imported: ImportedGenerator, folder: str | os.PathLike) -> None:
         **{name: folder / name for name in images},
     }
     text = "".join(f"--{name}={value}\n" for name, value in flags.items())
-    _write_bytes(folder / "fit.flags", text.encode())
-
-
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write_atomically(folder / "fit.flags", text.encode())
 
 
 def _as_flags(operator: Any) -> tuple[str, dict[str, int]]:

@@ -189,7 +189,7 @@ def _solve_in_slots(
     tol, max_iters = float(numbers["tol"]), int(numbers["max_iters"])
     solver = METHODS[method](op, **numbers)
     first_threshold = tol * solver.first_threshold
-    # `finish` costs some ten iterations, so it runs on the few images that are due, not on all.
+    # `finish` costs some twenty iterations, so it runs on the few images that are due, not on all.
     num_leaving = max(num_slots // _LEAVING, 1)
     plain = op.op.input_shape if isinstance(op, Polyphase) else op.input_shape
     static = {"method": method, "mesh": mesh}

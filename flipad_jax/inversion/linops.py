@@ -567,7 +567,8 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
     if len(shape) != rank or min(shape) < 1:
         raise ValueError(f"{name} of shape {shape} must be laid out as {layout}, no axis empty")
     if not isinstance(weights, jax.Array):
-        weights = np.asarray(weights)
+        # A copy: on a CPU, jax.Array may share the memory of an aligned NumPy array.
+        weights = np.array(weights)
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {weights.dtype}, expected a floating dtype")
     if not isinstance(weights, jax.core.Tracer) and not np.isfinite(weights).all():

@@ -40,11 +40,11 @@ class Solver(NamedTuple):
       update: `(state, o) -> state`, one iteration.
       first_gap: `(state, o) -> relative gap` of a state from `init`.
       advance: `(state, o, num_steps) -> (state, relative gap)`: at least one iteration and a bound
-        that tells when `finish` is worth its price. Under `vmap`, `num_steps` must not be batched:
-        its loop then runs without selects.
+        or an estimate that tells when `finish` is worth its price. Under `vmap`, `num_steps` must
+        not be batched: its loop then runs without selects.
       finish: `(state, o) -> (z, SolverInfo)`: the answer and its certificate (`prox`).
-      first_threshold: `finish` is tried when the bound of `advance` is at most this many times the
-        tolerance; 1 where the bound is the certificate.
+      first_threshold: `finish` is tried when what `advance` says is at most this many times the
+        tolerance; 1 where that is the certificate.
       next_threshold: factor on that threshold after each time that the certificate missed.
       run: `(o, z_init=None) -> (z, SolverInfo)`: all of it.
     """
@@ -89,6 +89,9 @@ def run_until_certified(
             rest = jnp.where(going(state, relative, threshold), max_iters - state.num_iters, 0)
             z, info = finish_after(solver, state, o, rest)
             state = state._replace(num_iters=info.num_iters)
+            # A second attempt comes after more iterations, whatever the estimate was.
+            again = ~info.converged & jnp.isfinite(relative)
+            relative = jnp.where(again, jnp.finfo(relative.dtype).max, relative)
             return state, relative, threshold * solver.next_threshold, z, info
 
         def missed(carry):

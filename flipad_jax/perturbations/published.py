@@ -28,6 +28,7 @@ from flipad_jax import data
 __all__ = [
     "FORMS",
     "RESAMPLING",
+    "any_of_them",
     "apply",
     "blur",
     "combination",
@@ -136,6 +137,13 @@ def _draw_noise(rng: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> j
 @jax.jit
 def _draw_choices(rng: jax.Array, indices: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(rng, i), shape=(4,)))(indices)
+
+
+@jax.jit
+def _draw_kinds(rng: jax.Array, indices: jax.Array) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(rng, i), (2,), jnp.float32))(
+        indices
+    )
 
 
 def _draw(draw: Callable, rng: jax.Array, indices: np.ndarray, *args) -> np.ndarray:
@@ -278,6 +286,46 @@ def combination(
     return edited
 
 
+def any_of_them(images: np.ndarray, rng: jax.Array, *, first: int = 0) -> np.ndarray:
+    """One perturbation or none, at a strength of its own, of every image.
+
+    What a detector learns that cannot know which one comes: with equal chance nothing, `blur` with
+    a window of 3, `crop` to 48 to 63 of 64 pixels, `noise` of up to 0.1, `jpeg` of quality 70 to
+    95, strengths uniform.
+
+    Args:
+      images: `[n, h, w, c]` uint8.
+      rng: key; what happens to image i is drawn from `fold_in(rng, first + i)`.
+      first: index of the first image in its set.
+    Returns:
+      `[n, h, w, c]` uint8.
+    Raises:
+      ValueError: for a negative index, or bad images.
+    """
+    images = _checked(images)
+    indices = _indices(images, first)
+    rng_choice, rng_noise = jax.random.split(rng)
+    edited = images.copy()
+    for start in range(0, len(images), _BATCH):
+        batch, batch_indices = (
+            edited[start : start + _BATCH],
+            indices[start : start + _BATCH],
+        )
+        kinds = _draw(_draw_kinds, rng_choice, batch_indices)
+        drawn = _draw(_draw_noise, rng_noise, batch_indices, images.shape[1:])
+        for i, (kind, strength) in enumerate(kinds):
+            one = batch[i : i + 1]
+            if kind < 0.2:
+                batch[i : i + 1] = blur(one, 3)
+            elif kind < 0.4:
+                batch[i : i + 1] = crop(one, _share_of_64(one, 48 + int(16 * strength)))
+            elif kind < 0.6:
+                batch[i] = np.clip(one[0] + np.rint(drawn[i] * (25.5 * strength)), 0, 255)
+            elif kind < 0.8:
+                batch[i : i + 1] = jpeg(one, 70 + int(26 * strength))
+    return edited
+
+
 def _share_of_64(images: np.ndarray, size: int) -> int:
     if not 1 <= size <= 64:
         raise ValueError(f"crop-{size}: expected 1 to 64, the pixels kept of 64")
@@ -294,6 +342,7 @@ _NAMED: dict[str, tuple[str, Callable]] = {
     "jpeg": ("N", lambda images, rng, number, first: jpeg(images, number)),
     "resize": ("X", lambda images, rng, number, first: resize(images, number)),
     "combination": ("", lambda images, rng, number, first: combination(images, rng, first=first)),
+    "any": ("", lambda images, rng, number, first: any_of_them(images, rng, first=first)),
     "none": ("", lambda images, rng, number, first: _checked(images).copy()),
 }
 
@@ -337,6 +386,7 @@ def apply(name: str, images: np.ndarray, rng: jax.Array, *, first: int = 0) -> n
     jpeg-N          `jpeg` of quality N
     resize-X        `resize` by X and back, bilinear
     combination     `combination` with its default strengths
+    any             `any_of_them`: one of them, or nothing, at a strength of its own
     none            nothing
     =============== ===========================================================================
 
@@ -346,7 +396,7 @@ def apply(name: str, images: np.ndarray, rng: jax.Array, *, first: int = 0) -> n
     Args:
       name: as in the table.
       images: `[n, h, w, c]` uint8.
-      rng: key, for noise and combination; others ignore it.
+      rng: key, for noise, combination and any; others ignore it.
       first: index of the first image in its set.
     Returns:
       `[n, h, w, c]` uint8.

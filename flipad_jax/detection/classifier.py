@@ -1,0 +1,317 @@
+"""Small networks that tell own images from others that look like ours.
+
+It learns from own images and, in place of rivals, from what can be made of our own model:
+
+*   *altered* copies of own images (`perturbations.alter`), for which own images are enough;
+*   images of *impostors*, changed copies of our own generator (`generators.impostors`).
+
+One reads images, and sees what a statistic of activations cannot: the grid that strides leave
+behind, and how the last grey levels are made where an image is almost black or white. One reads the
+activations that images are inverted to, which know our last layer. `one_class` adds such networks
+to its statistics.
+
+Input of the first, per colour channel, of the image in 8 bits: atanh(x) / 4 with the clip of
+`final_layer`, x, and whether the grey level is 0, 1, 2; of the second z', every channel less its
+mean over own ones and in units of its standard deviation. Convolutions 4 x 4 of stride 2 down to 4
+x 4, batch normalisation, leaky ReLU 0.1, one dense output. Cross entropy, AdamW with weight decay
+1e-2, one learning-rate cycle up to 3e-3, as many own images as others in a batch.
+
+Images and activations of more than 64 places a side are read in squares of 64 at multiples of 8, so
+that every square meets the strides alike: a random one of each image in training, as many as cover
+the image when it is asked, whose logits are averaged.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Callable, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+
+from flipad_jax import data, parallel
+from flipad_jax.detection.feature_rows import FeatureRows
+from flipad_jax.generators import layers
+
+__all__ = ["READS", "Classifier", "ClassifierConfig", "fit", "logits"]
+
+READS = ("images", "activations")
+
+_CLIP = 1 - 1e-4
+_SQUARE = 64  # pixels a side that the network sees
+_GRID = 8  # squares begin at multiples: a stride of 2, 4 or 8 meets them all alike
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """Settings of the network and its training.
+
+    Attributes:
+      widths: channels of the convolutions; the last one repeats for larger images.
+      num_steps: training steps.
+      batch_size: own images in a batch, and as many others.
+      learning_rate: the highest of the cycle.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 64)
+    num_steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+
+    def __post_init__(self):
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if not self.widths or min(*self.widths, self.num_steps, self.batch_size) < 1:
+            raise ValueError(
+                f"ClassifierConfig: {self.widths=}, {self.num_steps=}, {self.batch_size=} "
+                "must be positive"
+            )
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"ClassifierConfig: {self.learning_rate=} must be between 0 and 1")
+
+
+@struct.dataclass
+class Classifier:
+    """A trained network; a pytree of its variables.
+
+    Attributes:
+      variables: Flax variables, `params` and `batch_stats`.
+      offset: `[c]` subtracted from activations; None for images.
+      scale: `[c]` divides them then; None for images.
+      input_shape: (h, w, c) of an image or an activation (static).
+      config: settings (static).
+    """
+
+    variables: Any
+    offset: jax.Array | None
+    scale: jax.Array | None
+    input_shape: tuple[int, int, int] = struct.field(pytree_node=False)
+    config: ClassifierConfig = struct.field(pytree_node=False)
+
+    @property
+    def reads(self) -> str:
+        """What it is shown, one of `READS`."""
+        return "images" if self.offset is None else "activations"
+
+
+class _Network(nn.Module):
+    widths: tuple[int, ...]
+    num_stages: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        x = images
+        for stage in range(self.num_stages):
+            x = layers.Conv(self.widths[min(stage, len(self.widths) - 1)])(x)
+            x = nn.leaky_relu(layers.BatchNorm()(x, train=train), 0.1)
+        return nn.Dense(1)(x.reshape(x.shape[0], -1))[:, 0]
+
+
+def _seen(image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Height and width of what the network sees of an image."""
+    return min(image_shape[0], _SQUARE), min(image_shape[1], _SQUARE)
+
+
+def _corners(image_shape: tuple[int, int, int], step: int) -> list[tuple[int, int]]:
+    """Top left corners, `step` apart and the last ones, of what the network may see of an image."""
+    rows, columns = (
+        sorted({*range(0, side - seen + 1, step), (side - seen) // _GRID * _GRID})
+        for side, seen in zip(image_shape, _seen(image_shape))
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+def _network(image_shape: tuple[int, int, int], config: ClassifierConfig) -> _Network:
+    size, num_stages = min(_seen(image_shape)), 0
+    while size > 4:
+        size, num_stages = size // 2, num_stages + 1
+    return _Network(config.widths, max(num_stages, 1))
+
+
+def _inputs(images: jax.Array) -> jax.Array:
+    """Images `[n, h, w, c]` in [-1, 1] -> `[n, h, w, 5 c]`."""
+    levels = jnp.round((images + 1) * 127.5)
+    images = levels / 127.5 - 1  # What was not rounded yet must not be told by that.
+    parts = [jnp.arctanh(jnp.clip(images, -_CLIP, _CLIP)) / 4, images]
+    parts += [(levels == level).astype(images.dtype) for level in range(3)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def fit(
+    rng: jax.Array,
+    own: np.ndarray | FeatureRows,
+    others: np.ndarray | FeatureRows,
+    config: ClassifierConfig = ClassifierConfig(),
+    *,
+    reads: str = "images",
+    progress: Callable[[int], None] | None = None,
+) -> Classifier:
+    """Train the network, every batch divided among all devices of all processes.
+
+    Args:
+      rng: key of initialisation and batches.
+      own: own images, `[n, h, w, c]` uint8 or float32 in [-1, 1]; or their activations z'.
+      others: images that look like ours, or their activations, the same shape but for n.
+      config: settings.
+      reads: which of the two, one of `READS`.
+      progress: called with the number of steps done.
+    Returns:
+      The classifier.
+    Raises:
+      ValueError: for images of another kind, fewer than 16 of either, or a batch that cannot be
+        divided among the processes.
+    """
+    own = _checked(own, reads)
+    h, w, c = own.shape[1:]
+    others = _checked(others, reads, (h, w, c))
+    if min(len(own), len(others)) < 16:
+        raise ValueError(
+            f"{len(own)} own images and {len(others)} others are too few to learn from; "
+            "expected 16 of either at least, and some thousands to be good"
+        )
+    mesh = parallel.mesh(2 * config.batch_size)
+    shape = (h, w, c)
+    network = _network(shape, config)
+    optimizer = optax.adamw(
+        optax.cosine_onecycle_schedule(config.num_steps, config.learning_rate), weight_decay=1e-2
+    )
+    init_rng, batch_rng = jax.random.split(rng)
+    init = layers.jit_for_one_run(functools.partial(network.init, train=False))
+    seen, corners = _seen(shape), _corners(shape, _GRID)
+    offset, scale = (None, None) if reads == "images" else _channel_scale(own)
+    # An empty stand-in: what a network is shown depends on what it reads.
+    model = Classifier({}, offset, scale, shape, config)
+    shown = jax.eval_shape(_shown, model, jax.ShapeDtypeStruct((1, *seen, shape[2]), jnp.float32))
+    variables = init(init_rng, jnp.zeros(shown.shape, jnp.float32))
+    opt_state = jax.jit(optimizer.init)(variables["params"])
+    variables, opt_state = parallel.replicate((variables, opt_state), mesh)
+    labels = jnp.repeat(jnp.array([0.0, 1.0], jnp.float32), config.batch_size)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(variables, opt_state, images):
+        images = parallel.constrain(images, mesh)
+
+        def loss(params):
+            found, updated = network.apply(
+                {**variables, "params": params},
+                _shown(model, images),
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return optax.sigmoid_binary_cross_entropy(found, labels).mean(), updated
+
+        grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return parallel.constrain(({"params": params, **updated}, opt_state), mesh, axis=None)
+
+    # A host loop of one compiled step: kernel gradients inside a compiled loop are slow on a CPU.
+    mine = parallel.local_range(2 * config.batch_size)
+    seed = int(jax.random.randint(batch_rng, (), 0, np.iinfo(np.int32).max))
+    for index in range(config.num_steps):
+        draw = np.random.default_rng([seed, index])
+        picked = [
+            _squares(
+                images,
+                draw.integers(len(images), size=config.batch_size),
+                corners,
+                draw,
+            )
+            for images in (own, others)
+        ]
+        batch = parallel.shard(np.concatenate(picked)[mine.start : mine.stop], mesh)
+        variables, opt_state = step(variables, opt_state, batch)
+        if progress is not None:
+            progress(index + 1)
+    return dataclasses.replace(model, variables=parallel.local(variables))
+
+
+def _checked(
+    rows: np.ndarray | FeatureRows, reads: str, shape: tuple[int, int, int] | None = None
+) -> np.ndarray | FeatureRows:
+    if reads == "images":
+        return np.asarray(data.check_images(rows, shape=shape))
+    if reads not in READS:
+        raise ValueError(f"reads={reads!r}: expected one of {READS}")
+    floating = rows.ndim == 4 and np.issubdtype(rows.dtype, np.floating)
+    if not floating or (shape is not None and tuple(rows.shape[1:]) != tuple(shape)):
+        expected = "[n, h, w, c]" if shape is None else f"[n, {', '.join(map(str, shape))}]"
+        raise ValueError(
+            f"activations are {rows.dtype}{list(rows.shape)}, expected floating point {expected}"
+        )
+    return rows if isinstance(rows, FeatureRows) else np.asarray(rows)
+
+
+def _channel_scale(own: np.ndarray | FeatureRows) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of every channel of activations, `[c]` each."""
+    total = squares = np.zeros(own.shape[3])
+    for start in range(0, len(own), 64):
+        part = np.asarray(own[start : start + 64], np.float64).reshape(-1, own.shape[3])
+        total, squares = total + part.sum(axis=0), squares + np.square(part).sum(axis=0)
+    count = len(own) * own.shape[1] * own.shape[2]
+    mean = total / count
+    variance = np.maximum(squares / count - mean**2, 0)
+    # A channel that never moves is not blown up.
+    std = np.sqrt(variance + 1e-6 * variance.mean() + np.finfo(np.float32).tiny)
+    return jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+
+
+def _shown(model: Classifier, rows: jax.Array) -> jax.Array:
+    """What the network sees of images or activations."""
+    if model.offset is None or model.scale is None:
+        return _inputs(rows)
+    return (rows - model.offset) / model.scale
+
+
+def _squares(
+    images: np.ndarray | FeatureRows, indices: np.ndarray, corners: list[tuple[int, int]], draw
+) -> np.ndarray:
+    """These images (or activations), float32; of large ones a square at random."""
+    rows = images[indices]
+    height, width, channels = rows.shape[1:]
+    h, w = _seen((height, width, channels))
+    if (h, w) != (height, width):
+        places = [corners[place] for place in draw.integers(len(corners), size=len(indices))]
+        rows = np.stack([row[y : y + h, x : x + w] for row, (y, x) in zip(rows, places)])
+    return data.to_float(rows)
+
+
+@jax.jit
+def _logits(model: Classifier, images: jax.Array) -> jax.Array:
+    network = _network(model.input_shape, model.config)
+    return cast(jax.Array, network.apply(model.variables, _shown(model, images), train=False))
+
+
+def logits(
+    model: Classifier, images: np.ndarray | FeatureRows, *, batch_size: int = 64
+) -> np.ndarray:
+    """Log odds that the images only look like ours: higher = less likely ours.
+
+    Args:
+      model: from `fit`.
+      images: `[n, h, w, c]` uint8 or float32 in [-1, 1], or activations, as in `fit`.
+      batch_size: images per compiled call.
+    Returns:
+      `[n]` float64; NaN for an activation that is not finite.
+    Raises:
+      ValueError: for other images.
+    """
+    images = _checked(images, model.reads, model.input_shape)
+    mesh = parallel.local_mesh(batch_size)
+    model = parallel.replicate(model, mesh)
+    rows = [np.zeros(0)]
+    corners, (h, w) = _corners(model.input_shape, _SQUARE), _seen(model.input_shape)
+    for start in range(0, len(images), batch_size):
+        batch = data.to_float(images[start : start + batch_size])
+        count = len(batch)
+        batch = np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge")
+        found = [
+            np.asarray(
+                _logits(model, parallel.shard(batch[:, y : y + h, x : x + w], mesh)), np.float64
+            )
+            for y, x in corners
+        ]
+        rows.append(np.mean(found, axis=0)[:count])
+    return np.concatenate(rows)
