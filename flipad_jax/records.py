@@ -16,6 +16,7 @@ import bisect
 import collections
 import glob
 import hashlib
+import importlib
 import itertools
 import os
 import re
@@ -175,6 +176,10 @@ class _ArrayRecords:
     """Parts of ArrayRecord files, one after the other; a few of the files are open at a time."""
 
     def __init__(self, parts: list[_Part], feature: str, origin: str = "") -> None:
+        # Not when the first Example is met: while TFDS is being imported, it replaces __import__
+        # for the whole process, and a thread in which Pillow imports a plugin meanwhile cannot
+        # decode its image.
+        importlib.import_module("tensorflow_datasets.proto")
         self._parts = [part for part in parts if part.size]
         self._ends = list(itertools.accumulate(part.size for part in self._parts))
         self._feature = feature or "image"

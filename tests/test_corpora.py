@@ -249,6 +249,34 @@ def test_warnings_of_the_process_are_as_before_after_decoding_in_threads(tmp_pat
     assert warnings.filters == before
 
 
+_FIRST_OF_ALL = """
+import builtins, sys, threading
+from flipad_jax import data, records
+sys.setswitchinterval(1e-6)
+source, usual, found = records.open_source(sys.argv[1]), builtins.__import__, {}
+def decode(index):
+    found[index] = source.images(index, index + 1, None)[0][1]
+with data.decoding():
+    thread = threading.Thread(target=decode, args=(1,))
+    thread.start()
+    while thread.is_alive() and builtins.__import__ is usual:
+        pass
+    decode(0)
+    thread.join()
+assert found[0] is None, found
+assert "neither an image nor" in found[1], found
+"""
+
+
+def test_the_first_image_can_be_decoded_while_a_thread_meets_the_first_example(tmp_path):
+    # In a process of its own, in which TFDS has not been imported: see `_ArrayRecords`.
+    write_records(tmp_path / "a.array_record", [png(random_images(1)[0]), b"\nno example"])
+    command = [sys.executable, "-c", _FIRST_OF_ALL, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+
+
 # --- scoring ----------------------------------------------------------------------------------
 
 
