@@ -15,6 +15,7 @@ from flax import serialization
 
 from flipad_jax import AttributorConfig, data, fit, score
 from flipad_jax.generators import impostors, interop, sampling, zoo
+from flipad_jax.generators.interop import torch_module
 from flipad_jax.inversion import final_layer, linops
 from flipad_jax.inversion.final_layer import FinalLayer
 
@@ -748,7 +749,7 @@ def test_hidden_layers_before_the_last_change_and_nothing_else(torch):
     seen = set()
     with torch.no_grad():
         for seed in range(30):
-            changed = interop._changed_copy(module, "last", np.random.default_rng(seed), 0.6)
+            changed = torch_module._changed_copy(module, "last", np.random.default_rng(seed), 0.6)
             assert changed.norm.training and not changed.last.training
             before, after = module.state_dict(), changed.state_dict()
             moved = {name for name in before if (before[name] != after[name]).any()}
@@ -760,7 +761,7 @@ def test_hidden_layers_before_the_last_change_and_nothing_else(torch):
                 assert 0.7 < float(after[name].std() / before[name].std()) < 1.3
     assert seen == {(1, 0), (1, 2), (2, 0), (2, 2)}
     with pytest.raises(ValueError, match="no ConvTranspose2d, Conv2d or Linear comes before"):
-        interop._changed_copy(module, "first", np.random.default_rng(0), 0.5)
+        torch_module._changed_copy(module, "first", np.random.default_rng(0), 0.5)
 
 
 def test_refitting_a_convolution_and_a_stride_that_does_not_divide():
