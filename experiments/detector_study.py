@@ -360,6 +360,7 @@ def _grouped(accuracy, auc, groups: Mapping[str, str]) -> dict[str, Any]:
         "mean": float(np.mean([means[group] for group in _RIVALS if group in means])),
         "worst": rivals[worst],
         "worst_source": worst,
+        "accuracy_by_source": {name: float(accuracy[name]) for name in groups},
         "auc": {name: float(auc[name]) for name in groups},
     }
 
