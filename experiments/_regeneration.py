@@ -22,6 +22,7 @@ __all__ = [
     "PROCESSINGS",
     "Generator",
     "codimension_text",
+    "kind_of",
     "load_generator",
     "make_bank",
     "num_unknowns",
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 PROCESSINGS = ("none", *processing.NAMES)
-_GAIN = 0.9
 # How strongly own and foreign images are processed to calibrate a search.
 CALIBRATED_AT = {
     "none": "untouched",
@@ -40,7 +40,7 @@ CALIBRATED_AT = {
     "jpeg": "jpeg-90",
     "blur": "blur-3",
     "crop": "crop-55",
-    "brightness": f"brightness {_GAIN:g}",
+    "brightness": "brightness-0.9",
 }
 
 Generator = TrainedGenerator | LatentGenerator
@@ -93,13 +93,42 @@ def rng(settings: Any, *path: int) -> jax.Array:
     return found
 
 
+def kind_of(name: str) -> str:
+    """Which of `PROCESSINGS` looks for images that were processed in that way.
+
+    Args:
+      name: one of them, or one of them at a strength: a name of `perturbations.apply` such as
+        "jpeg-80", or "brightness-X" for levels times X.
+    Raises:
+      ValueError: if it is neither.
+    """
+    kind, dash, strength = name.partition("-")
+    if kind not in PROCESSINGS or (kind == "none" and dash):
+        raise ValueError(
+            f"unknown processing {name!r}; there are {', '.join(PROCESSINGS)}, all but the first "
+            "also at a strength, such as jpeg-80, noise-0.01, crop-60 or brightness-0.8"
+        )
+    if kind == "brightness" and dash:
+        try:
+            gain = float(strength)
+        except ValueError:
+            gain = 0.0
+        if not 0.5 <= gain <= 2:
+            raise ValueError(f"{name}: levels are multiplied by 0.5 to 2")
+    elif dash:
+        perturbations.parse(name)
+    return kind
+
+
 def processed(name: str, images: np.ndarray, noise_rng: jax.Array) -> np.ndarray:
-    """Images `[n, h, w, c]` uint8 as the search of that name is calibrated on: `CALIBRATED_AT`."""
+    """Images `[n, h, w, c]` uint8, processed: `CALIBRATED_AT`, or what `kind_of` knows."""
     if name == "none":
         return images
-    if name == "brightness":
-        return np.clip(np.round(images * _GAIN), 0, 255).astype(np.uint8)
-    return perturbations.apply(CALIBRATED_AT[name], images, noise_rng)
+    name = CALIBRATED_AT.get(name, name)
+    if kind_of(name) == "brightness":
+        gain = float(name.partition("-")[2])
+        return np.clip(np.round(images * gain), 0, 255).astype(np.uint8)
+    return perturbations.apply(name, images, noise_rng)
 
 
 def num_unknowns(name: str) -> int:

@@ -8,8 +8,10 @@ codimension that foreign images see. Then the same for processed images (--proce
 
     python run.py --experiment=regeneration_study
     python run.py --experiment=regeneration_study --models=digits_dcgan_0 --num_images=200
+    python run.py --experiment=regeneration_study --models=digits_dcgan_0 --processing=jpeg-95,jpeg-80
 """
 
+import collections
 import dataclasses
 import functools
 from pathlib import Path
@@ -47,7 +49,9 @@ class Config:
     )
     sources: tuple[str, ...] = setting(SOURCES, "What is not ours.", choices=SOURCES)
     processing: tuple[str, ...] = setting(
-        ("none",), "What happens to the images of all sources.", choices=_regeneration.PROCESSINGS
+        ("none",),
+        "What happens to the images of all sources: noise, jpeg, blur, crop or brightness, also at "
+        "a strength, as jpeg-80.",
     )
     num_images: int = setting(50, "Images of every source.", lower_bound=4)
     trained_on_steps: int = setting(200, "Updates by which our model is trained on.", lower_bound=1)
@@ -74,6 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(config: Config, record: Run) -> dict[str, Any]:
     """All models, sources and kinds of processing."""
     check_once(config, "models", "sources", "processing")
+    kinds = {name: _regeneration.kind_of(name) for name in config.processing}
     names = [Path(name).stem for name in config.models]
     if len(set(names)) < len(names):
         raise ValueError(f"--models: two are called alike: {', '.join(names)}")
@@ -86,16 +91,16 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         sources = _sources(config, record, number, generator, entry)
         bank = _regeneration.make_bank(config, generator)
         by_kind = {}
-        for kind_number, kind in enumerate(config.processing):
+        for kind_number, (treatment, kind) in enumerate(kinds.items()):
             found, seconds = {}, {}
             for source_number, (source, images) in enumerate(sources.items()):
                 place = (number, kind_number, source_number)
                 search_rng = _regeneration.rng(config, 3, *place)
                 treated = _regeneration.processed(
-                    kind, images, _regeneration.rng(config, 2, *place)
+                    treatment, images, _regeneration.rng(config, 2, *place)
                 )
                 text = f"{Path(name).stem}, {_SHOWN[source]}" + (
-                    "" if kind == "none" else f", {kind}"
+                    "" if kind == "none" else f", {treatment}"
                 )
                 compute = functools.partial(
                     _regeneration.search,
@@ -108,12 +113,12 @@ def run(config: Config, record: Run) -> dict[str, Any]:
                     search_rng,
                     text,
                 )
-                stage = f"searched-{number}-{kind}-{source}"
+                stage = f"searched-{number}-{treatment}-{source}"
                 found[source] = record.stage(stage, compute, text=text)
                 seconds[source] = record.seconds[stage] / len(images)
             num_unknowns = generator.latent_dim + _regeneration.num_unknowns(kind)
-            by_kind[kind] = _described(config, found, seconds, num_unknowns)
-            if kind == config.processing[0]:
+            by_kind[treatment] = _described(config, found, seconds, num_unknowns)
+            if treatment == config.processing[0]:
                 errors[Path(name).stem] = found["own"]["rmse"]
                 rest = [found[source]["rmse"] for source in config.sources]
                 errors[f"{Path(name).stem}, not ours"] = np.concatenate(rest)
@@ -180,6 +185,8 @@ def _described(config: Config, found, seconds, num_unknowns: int) -> dict[str, A
             "proved": float(result["proved"].mean()),
             "seconds": seconds[source],
             "iterations": float(result["iterations"].mean()),
+            # What the codec was found to be, of what was replayed.
+            "replayed": dict(collections.Counter(name for name in result["replayed"] if name)),
         }
         if source != "own":
             by_source[source]["accuracy"] = metrics.pair_accuracy(errors[half:], e, threshold)
@@ -286,7 +293,7 @@ def _write_page(config: Config, record: Run, results, errors) -> None:
                 f"{config.num_images} images of every source, at most {config.num_starts} starts. "
                 + trained
                 + "Processing: "
-                + ", ".join(f"{k} is {_regeneration.CALIBRATED_AT[k]}" for k in config.processing)
+                + ", ".join(_regeneration.CALIBRATED_AT.get(k, k) for k in config.processing)
                 + "."
             ],
         ),

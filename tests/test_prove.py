@@ -11,8 +11,8 @@ import pytest
 import toy_model
 from safetensors import safe_open
 
-from experiments import _config
-from flipad_jax import data
+from experiments import _config, _regeneration
+from flipad_jax import data, perturbations
 from flipad_jax.detection import regeneration
 
 GENERATOR = toy_model.latent_generator()
@@ -210,12 +210,32 @@ def test_foreign_images_that_are_ours_stop_the_run(folders, tmp_path, capsys):
     assert "3 of 6 foreign images are regenerated" in said and "40 were wanted" in said
 
 
+def test_processing_is_named_as_perturbations_are_and_may_have_a_strength(tmp_path, capsys):
+    images = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8, 1)
+    rng = jax.random.key(0)
+    for name, kind, done in (
+        ("none", "none", images),
+        ("jpeg", "jpeg", perturbations.jpeg(images, 90)),
+        ("jpeg-80", "jpeg", perturbations.jpeg(images, 80)),
+        ("blur-5", "blur", perturbations.blur(images, 5)),
+        ("brightness", "brightness", np.round(0.9 * images)),
+        ("brightness-1.5", "brightness", np.round(1.5 * images)),
+    ):
+        assert _regeneration.kind_of(name) == kind
+        np.testing.assert_array_equal(_regeneration.processed(name, images, rng), done)
+    for name in ("none-1", "jpeg-", "resize-0.5", "brightness-3", "brightness-x", "blur-0.5"):
+        flags = ("--experiment=regeneration_study", f"--processing={name}")
+        assert _config.main(["run.py", *flags, f"--workdir={tmp_path / 'run'}"]) == 2
+        assert name in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_study_counts_what_its_searches_found(tmp_path):
     flags = (
         "--experiment=regeneration_study",
         "--preset=smoke",
         "--sources=real,trained_on",
+        "--processing=none,jpeg-80",
         f"--workdir={tmp_path / 'run'}",
     )
     assert _config.main(["run.py", *flags]) == 0
@@ -235,5 +255,9 @@ def test_the_study_counts_what_its_searches_found(tmp_path):
             assert found["sources"][source]["smallest"] == pytest.approx(other["rmse"].min())
         accuracy = found["sources"][source]["accuracy"]
         assert accuracy == pytest.approx((accepted + rejected) / 2)
+    with np.load(tmp_path / "run" / "stages" / "searched-0-jpeg-80-own.npz") as own:
+        named = [str(name) for name in own["replayed"] if name]
+    replayed = results["digits_dcgan_0"]["jpeg-80"]["sources"]["own"]["replayed"]
+    assert sum(replayed.values()) == len(named) and set(replayed) == set(named)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "own, trained on" in page
+    assert "own, trained on" in page and "jpeg-80" in page
