@@ -17,14 +17,16 @@ def main(path, module):
         skipped = case.find("skipped")
         if skipped is None or f"could not import '{module}'" not in skipped.get("message", ""):
             continue
-        parts = case.get("classname").split(".")
+        # Of a file that was skipped as a whole there is only the name.
+        parts = (case.get("classname") or case.get("name")).split(".")
         # The longest beginning that is a file; what follows are classes.
         length = next(
             n
             for n in range(len(parts), 0, -1)
             if root.joinpath(*parts[:n]).with_suffix(".py").is_file()
         )
-        names = ["/".join(parts[:length]) + ".py", *parts[length:], case.get("name")]
+        names = ["/".join(parts[:length]) + ".py", *parts[length:]]
+        names += [case.get("name")] if case.get("classname") else []
         print("::".join(names), end="\0")
 
 

@@ -456,9 +456,9 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
                 progress=progress,
                 kept=kept,
             )
-        bundle.save(fitted, path)
-        facts = {**made_by, "commit": question.record.commit}
-        write_atomically(path.with_name(f"{name}.json"), json.dumps(facts, indent=1) + "\n")
+            bundle.save(fitted, path)
+            facts = {**made_by, "commit": question.record.commit}
+            write_atomically(path.with_name(f"{name}.json"), json.dumps(facts, indent=1) + "\n")
         seconds = time.monotonic() - start
 
         def scores_of(images):
@@ -661,12 +661,11 @@ def plan(
                     "activations": layer.operator.input_shape,
                 }
                 learned = [("altered copies", reads) for reads in shapes if settings.num_altered]
-                config = _attributor_config(method, settings, num_supervised)
-                inverted += attribution.num_altered_inverted(layer, config)
-                inverted += num_supervised + num_tests
-                if method != "one_class":
-                    inverted += AttributorConfig.num_inverted - settings.num_own
-                    inverted += settings.num_calibration  # and as many again for reference
+                count = num_supervised if method == "one_class" else settings.num_many
+                config = _attributor_config(method, settings, count)
+                taught = bool(learned) or method == "one_class_impostors"
+                inverted += sum(attribution.own_parts(config, count, taught=taught))
+                inverted += attribution.num_altered_inverted(layer, config) + num_tests
                 if method == "one_class_impostors":
                     learned.append(("impostors", "images"))
                     made = _plan.impostor_images(generator, settings.num_impostors * num_cells)

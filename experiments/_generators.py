@@ -246,15 +246,19 @@ def recorded(flag: str, name: str) -> tuple[TrainedGenerator, dict[str, Any]]:
 
 
 def next_seed(flag: str, name: str) -> str:
-    """The next seed of a generator of the zoo.
+    """The next seed of a generator of the zoo; the first one after the last.
 
     Raises:
-      ValueError: if the zoo has none. Names the flag that would name one.
+      ValueError: if the zoo has no other. Names the flag that would name one.
     """
-    family, _, seed = name.rpartition("_")
-    if name not in zoo.names() or f"{family}_{int(seed) + 1}" not in zoo.names():
+    family = name.rpartition("_")[0]
+    seeds = sorted(
+        (other for other in zoo.names() if other.rpartition("_")[0] == family),
+        key=lambda other: int(other.rpartition("_")[2]),
+    )
+    if name not in seeds or len(seeds) < 2:
         raise ValueError(f"--{flag} is missing: no other seed of {name} is known")
-    return f"{family}_{int(seed) + 1}"
+    return seeds[(seeds.index(name) + 1) % len(seeds)]
 
 
 def recorded_gan(entry: Mapping[str, Any], **options: Any) -> training.Gan:

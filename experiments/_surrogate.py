@@ -138,11 +138,7 @@ def make(attributor: Attributor) -> Surrogate:
     tiny = np.finfo(np.float32).tiny
     log_reference = np.log(np.maximum(np.asarray(model.reference, np.float64), tiny))
     size = log_reference.shape[1]
-    in_tail = max(int(one_class._TAIL * size), one_class._MIN_TAIL)
-    edge = log_reference[:, size - in_tail - 1]
-    index = np.maximum(np.mean(log_reference[:, size - in_tail :] - edge[:, None], axis=1), 1e-6)
-    num_networks = len(log_reference) - len(one_class.STATISTICS)
-    weights = [1.0] * len(one_class.STATISTICS) + [one_class._CLASSIFIER_WEIGHT] * num_networks
+    tail = one_class.tails(model.reference)
     at_least = size - np.arange(size)
 
     def narrow(values):
@@ -157,10 +153,10 @@ def make(attributor: Attributor) -> Surrogate:
         inputs=inputs.reshape(256, -1),
         log_reference=narrow(log_reference),
         log_p=narrow(np.log((1 + at_least) / (size + 1))),
-        edge=narrow(edge),
-        index=narrow(index),
-        weights=narrow(weights),
-        tail=float(np.log((1 + in_tail) / (size + 1))),
+        edge=narrow(tail.edge),
+        index=narrow(tail.index),
+        weights=narrow(one_class.fisher_weights(len(log_reference))),
+        tail=tail.log_p,
         lam=config.lam,
         max_iters=config.max_iters,
     )

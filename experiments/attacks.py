@@ -150,6 +150,7 @@ _FIT, _OWN, _ADVERSARY, _TEST, _OTHER, _CHANGE, _STUDENT, _BASELINE = range(10, 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Fit the attributor, then all attacks."""
     check_once(config, "attacks", "trained_on", "last_layer_noise", "budgets")
+    _settings(config)  # Refuses what no attributor can be fitted with.
     ours, entry = _generators.recorded("ours", config.ours)
     other = None
     if "forge" in config.attacks:
@@ -205,6 +206,13 @@ def _student_features(config: Config, entry: dict[str, Any]) -> tuple[int, ...]:
 # --- the attributor -------------------------------------------------------------------------------
 
 
+def _settings(config: Config) -> AttributorConfig:
+    return AttributorConfig(
+        num_altered=config.num_altered,
+        classifier=ClassifierConfig(num_steps=config.classifier_steps),
+    )
+
+
 def _fit(config: Config, record: Run, ours: TrainedGenerator) -> dict[str, np.ndarray]:
     def rng(*path):
         return _regeneration.rng(config, *path)
@@ -219,10 +227,7 @@ def _fit(config: Config, record: Run, ours: TrainedGenerator) -> dict[str, np.nd
             sampling.generate(ours, rng(_OWN), config.num_own),
             rng=rng(_FIT, 2),
             impostors=changed,
-            config=AttributorConfig(
-                num_altered=config.num_altered,
-                classifier=ClassifierConfig(num_steps=config.classifier_steps),
-            ),
+            config=_settings(config),
             progress=progress,
             kept=record.kept("attributor"),
         )
@@ -507,7 +512,7 @@ def _moved_row(
     success = right & fooled(found["score_moved"])
     square = _mean_square(found["moved"], found["images"])
     psnr = _psnr(square)
-    changed = np.mean(found["moved"] != found["images"], axis=(1, 2, 3))
+    changed = np.mean((found["moved"] != found["images"]).any(axis=3), axis=(1, 2))
     row: dict[str, Any] = {
         "wrong_before": int(np.sum(~right)),
         "success": _share(success[right]),

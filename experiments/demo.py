@@ -576,23 +576,22 @@ def plan(config: Config) -> list[_plan.Stage]:
     for name, settings in _detector_configs(config).items():
         shown, _ = DETECTORS[name]
         if name == "one_class":
-            num_calibration = int(num_own * settings.calibration_share)
-            num_fitted = num_own - 2 * num_calibration
             shapes = {"images": ours.image_shape, "activations": layer.operator.input_shape}
             learned = [("altered copies", reads) for reads in shapes if config.num_altered]
             learned += [("impostors", "images")] * bool(config.num_impostors)
-            if learned:
-                num_fitted = min(num_fitted, settings.num_inverted)
+            parts = attribution.own_parts(settings, num_own, taught=bool(learned))
             networks += [
                 _plan.classifier_training(shapes[reads], settings.classifier, images, reads=reads)
                 for images, reads in learned
             ]
-            sizes[name] = num_fitted + 2 * num_calibration + num_tests
+            sizes[name] = sum(parts) + num_tests
             sizes[name] += attribution.num_altered_inverted(layer, settings)
             num_features = math.prod(layer.operator.input_shape)
             num_directions = settings.one_class.num_components
-            num_directions = min(num_directions, num_fitted // 3, num_features // 2)
-            networks.append(_plan.principal_directions(num_fitted, num_features, num_directions))
+            num_directions = min(num_directions, parts.inverted // 3, num_features // 2)
+            networks.append(
+                _plan.principal_directions(parts.inverted, num_features, num_directions)
+            )
             if settings.check_untouched:  # 1000 images and copies by five processes, 1000 more
                 networks.append(_plan.traces_of_processing(ours.image_shape, 7 * 1000))
             continue

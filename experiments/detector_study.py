@@ -2,13 +2,15 @@
 
 Each architecture and seed is ours in turn. The one-class detector's statistics are fitted to own
 images only, on activations, on the targets that are inverted, and on pixels, so that it shows what
-the inversion brings; its two networks learn altered copies of own images and impostors. All of them
-are asked, one by one and combined, about real images, other seeds of the architecture, other
-architectures, our own model after some more training, and our own model with its last layer
-jittered. The methods of the FLIPAD paper stand beside them (--methods).
+the inversion brings; two networks learn altered copies of own images, one from pixels and one from
+activations, a third one impostors. All of them are asked, one by one and combined, about real
+images, other seeds of the architecture, other architectures, our own model after some more
+training, and our own model with its last layer jittered. The methods of the FLIPAD paper stand
+beside them (--methods).
 
-Statistics, alterations and weights were chosen while looking at one DCGAN and one LSGAN; families
-in --held_out were not looked at until they were settled, and are reported apart.
+Statistics, alterations and weights were chosen while a DCGAN or an LSGAN was ours. Families in
+--held_out were not, and are reported apart; as rivals they had been seen. WORKSPACE.md tells what
+was looked at when.
 
     python run.py --experiment=detector_study
     python run.py --experiment=detector_study --dataset=photos --generators=results/generators
@@ -63,7 +65,7 @@ class Config(_attribution.Settings):
     )
     held_out: tuple[str, ...] = setting(
         ("wgan_gp", "ebgan"),
-        "Architectures that no choice was made on, reported apart.",
+        "Architectures that were not ours in any choice, reported apart.",
         choices=tuple(FAMILY_NAMES),
     )
     changed: tuple[str, ...] = setting(
@@ -230,7 +232,7 @@ def _compute(config, record, ours, sources) -> dict[str, np.ndarray]:
                 progress=functools.partial(_report, progress, name, config.classifier_steps),
             )
             for label, images in sets.items():
-                arrays[f"{name}-{label}"] = _odds(network, images)
+                arrays[f"{name}-{label}"] = one_class.odds(network, images)
     return arrays
 
 
@@ -254,13 +256,9 @@ def _from_activations(config, record, ours, sources) -> dict[str, np.ndarray]:
             ),
         )
     return {
-        f"altered_activations-{label}": _odds(network, read(images))
+        f"altered_activations-{label}": one_class.odds(network, read(images))
         for label, images in sets.items()
     }
-
-
-def _odds(network: classifier.Classifier, rows: np.ndarray) -> np.ndarray:
-    return np.exp(np.clip(classifier.logits(network, rows), -80, 80))
 
 
 def _report(progress, name: str, total: int, done: int) -> None:
@@ -334,7 +332,8 @@ def _rows(arrays: Mapping[str, np.ndarray], sources: list[str]) -> dict[str, dic
     return rows
 
 
-# What a user gets: from own images, and with the generator's weights.
+# From own images, and with the generator's weights. A user's `fit` has them, and its own number of
+# steps and its own threshold (`calibration.verdict_threshold`), where tables have the paper's.
 DEFAULT_ROWS = ("one-class", "one-class + impostors")
 
 
@@ -366,7 +365,7 @@ def _grouped(accuracy, auc, groups: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _columns(config, results, families) -> dict[str, dict[str, list[float]]]:
-    """Row -> column -> a value per repeat, the mean over families; worst: the smallest."""
+    """Row -> column -> a value per repeat, the mean over families."""
     found = results["families"]
     columns: dict[str, dict[str, list[float]]] = {}
     for row in found[families[0]][0]:
@@ -388,7 +387,7 @@ def _columns(config, results, families) -> dict[str, dict[str, list[float]]]:
 def _family_sets(config) -> dict[str, tuple[str, ...]]:
     held = tuple(family for family in _ours(config) if family in config.held_out)
     seen = tuple(family for family in _ours(config) if family not in config.held_out)
-    sets = {"families that choices were made on": seen, "families held out": held}
+    sets = {"ours in choices": seen, "held out as ours": held}
     return {name: families for name, families in sets.items() if families}
 
 

@@ -172,6 +172,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "image_shape": attributor.image_shape,
         "num_generated": len(own.images),
         "left_out": [row._asdict() for row in own.rejected],
+        "max_iters": attributor.config.max_iters,
         "num_calibration": len(own_scores),
         "num_unconverged": int(len(own.images) * settings.calibration_share) - len(own_scores),
         "smallest_certifiable_fnr": calibration.smallest_certifiable_fnr(len(own_scores)),
@@ -182,7 +183,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "fit_seconds": fit_seconds,
     }
     if found["num_unconverged"]:
-        record.warn(_unconverged(config, found["num_unconverged"], "own images that calibrate"))
+        record.warn(
+            _unconverged(
+                config, found["max_iters"], found["num_unconverged"], "own images that calibrate"
+            )
+        )
     if found["smallest_certifiable_fnr"] > config.fnr > 0:
         record.warn(_too_few(found))
     rivals = {}
@@ -191,10 +196,21 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         shown = perturbations.apply(config.immunize, real, treatment)
         scored = attribution.score_with_info(attributor, shown)
         rivals["real"] = np.where(scored.converged, scored.score, np.nan)
-        found["real"] = metrics.summary(own_scores, rivals, threshold)
-        found["real"]["num_unconverged"] = int((~scored.converged).sum())
+        # No accuracy: the own scores at hand are those that set the threshold.
+        rejected = int((rivals["real"] > threshold).sum())
+        found["real"] = {
+            "num_images": len(real),
+            "rejected": rejected,
+            "rejected_interval": list(metrics.clopper_pearson(rejected, len(real))),
+            "auc": metrics.auc(own_scores, rivals["real"]),
+            "num_unconverged": int((~scored.converged).sum()),
+        }
         if found["real"]["num_unconverged"]:
-            record.warn(_unconverged(config, found["real"]["num_unconverged"], "real images"))
+            record.warn(
+                _unconverged(
+                    config, found["max_iters"], found["real"]["num_unconverged"], "real images"
+                )
+            )
     _write_page(config, record, found, attributor, own, real, rivals)
     record.say(f"Report: {Path(record.shown) / 'report.html'}")
     return found
@@ -269,10 +285,10 @@ def _too_few(found: dict[str, Any]) -> str:
     )
 
 
-def _unconverged(config: Config, count: int, what: str) -> str:
+def _unconverged(config: Config, max_iters: int, count: int, what: str) -> str:
     return (
         f"{count} {what} are left out or not decided: their inversion did not reach --tol="
-        f"{config.tol:g} in {config.max_iters} iterations"
+        f"{config.tol:g} in {max_iters} iterations"
     )
 
 
@@ -297,7 +313,9 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
         blocks.append(_too_few(found) + ".")
     if found["num_unconverged"]:
         what = "own images that calibrate"
-        blocks.append(_unconverged(config, found["num_unconverged"], what) + ".")
+        blocks.append(
+            _unconverged(config, found["max_iters"], found["num_unconverged"], what) + "."
+        )
     blocks += [note + "." for note in found["notes"]]
     sections = [
         report.Section("Result", blocks),
@@ -310,14 +328,18 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
         figures["scores"] = report.score_histograms(
             attributor.calibration_scores, rivals, found["threshold"], fnr=config.fnr
         )
-        accuracy = found["real"]["accuracy"]["real"]
         missed = found["real"]["num_unconverged"]
         sections.append(
             report.Section(
                 "Real images",
                 [
-                    f"Nothing was fitted on them. Accuracy against own images: {accuracy:.1%}.",
-                    *([_unconverged(config, missed, "real images") + "."] if missed else []),
+                    f"Nothing was fitted on them. {_rejected(found['real'])} Area under the ROC "
+                    f"curve, against the own images that calibrate: {found['real']['auc']:.3f}.",
+                    *(
+                        [_unconverged(config, found["max_iters"], missed, "real images") + "."]
+                        if missed
+                        else []
+                    ),
                     report.Picture(figures["scores"], "Scores of own and of real images."),
                 ],
             )
@@ -328,6 +350,7 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
     rows += [
         ["attributor, SHA-256", found["attributor_sha256"]],
         [f"{Path(config.generator).name}, SHA-256", _file_digest(config.generator)],
+        ["iterations per inversion", str(found["max_iters"])],
         ["mean image against mean activation", f"{found['mean_mismatch']:.3f}"],
     ]
     sections.append(
@@ -339,6 +362,15 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
         sections,
         lead=f"It knows {found['num_generated']} images of one model, and its last layer. Ask it "
         f"with: {_next_command(found)}",
+    )
+
+
+def _rejected(real: dict[str, Any]) -> str:
+    share = real["rejected"] / real["num_images"]
+    low, high = real["rejected_interval"]
+    return (
+        f"Of {real['num_images']} real images {share:.1%} are called not ours "
+        f"(95 % interval {low:.1%} to {high:.1%})."
     )
 
 
@@ -369,5 +401,5 @@ def summary(found: dict[str, Any]) -> str:
         "(0.005 takes 199).",
     ]
     if "real" in found:
-        lines.append(f"Accuracy on real images: {found['real']['accuracy']['real']:.1%}.")
+        lines.append(_rejected(found["real"]))
     return "\n".join([*lines, "", _next_command(found), ""])

@@ -1,6 +1,6 @@
 """How exactly must images be inverted for the detector's sake, and at which lasso weight?
 
-The one-class detector (own images only, no impostors, so that nothing but the inversion is judged)
+The one-class detector (own images only, no networks, so that nothing but the inversion is judged)
 is fitted and tested on the same images again and again, inverted each time by another setting: to a
 relative duality gap by the primal-dual method, or by a fixed number of FISTA iterations, at several
 weights lam. Accuracy at `--fnr` and AUC against every other generator of the zoo and real images

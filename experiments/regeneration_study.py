@@ -8,7 +8,7 @@ codimension that foreign images see. Then the same for processed images (--proce
 
     python run.py --experiment=regeneration_study
     python run.py --experiment=regeneration_study --models=digits_dcgan_0 --num_images=200
-    python run.py --experiment=regeneration_study --models=digits_dcgan_0 --processing=jpeg-95,jpeg-80
+    python run.py --experiment=regeneration_study --num_images=100 --processing=jpeg-95,jpeg-80
 """
 
 import collections

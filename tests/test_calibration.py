@@ -72,11 +72,12 @@ def test_a_verdict_is_a_p_value_wherever_that_can_be():
         rejected = asked > calibration.verdict_threshold(own, fnr)
         p_values = calibration.conformal_p_values(own, asked)
         np.testing.assert_array_equal(rejected, p_values <= fnr)
-    # Two hundred and ninety-nine scores certify 1 / 300, none of these less.
+    # Two hundred and ninety-nine scores certify 1 / 300. Who asks for less rejects no more.
     for fnr in (0.003, 0.0):
-        found = calibration.verdict_threshold(own[:299], fnr)
-        assert found == calibration.threshold(own[:299], fnr) < math.inf
-    assert math.isfinite(calibration.verdict_threshold(own, 1.0))
+        assert calibration.verdict_threshold(own[:299], fnr) == own[:299].max()
+    rates = np.linspace(0, 1, 2001)
+    thresholds = [calibration.verdict_threshold(own[:299], fnr) for fnr in rates]
+    assert (np.diff(thresholds) <= 0).all() and thresholds[-1] == own[:299].min()
 
 
 @pytest.mark.parametrize("fnr", [0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.7])

@@ -1,4 +1,4 @@
-"""The network that knows own images from impostors': it learns, repeats itself, refuses."""
+"""The networks that tell own images from lookalikes: they learn, repeat themselves, refuse."""
 
 import jax
 import numpy as np
@@ -127,6 +127,32 @@ def test_what_is_not_rounded_is_not_told_by_that():
     np.testing.assert_allclose(
         classifier.logits(model, floats), classifier.logits(model, own), atol=1e-5
     )
+
+
+def test_weights_that_are_not_finite_are_no_network():
+    own = images(1, 40, 1)
+    poisoned = np.random.default_rng(0).standard_normal((40, 4, 4, 1)).astype(np.float32)
+    poisoned[3] = np.nan
+    with pytest.raises(ValueError, match="weights that are not finite after 3 steps"):
+        classifier.fit(
+            jax.random.key(0),
+            poisoned,
+            np.zeros_like(poisoned),
+            ClassifierConfig(widths=(4,), num_steps=3),
+            reads="activations",
+        )
+    with pytest.raises(ValueError, match="15 others are too few"):
+        classifier.check_counts(len(own), 15)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 12), (1, 16, 3)])
+def test_rows_without_room_for_a_window_are_read_by_dense_layers(shape):
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((300, *shape)).astype(np.float32)
+    others = own + np.linspace(-1, 1, shape[-1], dtype=np.float32)
+    model = classifier.fit(jax.random.key(0), own[:200], others[:200], CONFIG, reads="activations")
+    found = [classifier.logits(model, rows[200:]) for rows in (own, others)]
+    assert metrics.auc(*found) > 0.8
 
 
 def test_mistakes_are_refused():

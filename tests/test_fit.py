@@ -74,7 +74,10 @@ def test_results_and_page_say_what_was_fitted(workdir):
     assert [row["path"] for row in found["left_out"]] == ["broken.png"]
     assert any("bias" in note for note in found["notes"])  # taken without being named
     assert found["mean_mismatch"] < 0.1
-    assert found["real"]["accuracy"]["real"] > 0.9  # nothing was fitted on these
+    real = found["real"]  # nothing was fitted on these
+    assert real["rejected"] / real["num_images"] > 0.9 and real["auc"] > 0.9
+    low, high = real["rejected_interval"]
+    assert low < real["rejected"] / real["num_images"] <= high
     page = (workdir / "report.html").read_text()
     assert "--experiment=attribute" in page and found["attributor_sha256"] in page
 
@@ -125,7 +128,8 @@ def test_inversions_that_missed_their_bound_are_counted(files, tmp_path, monkeyp
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     found = results["metrics"]
     assert found["num_calibration"] == 197 and found["num_unconverged"] == 3
-    assert found["real"]["num_unconverged"] == found["real"]["counts"]["real"]["undecided"] == 3
+    assert found["real"]["num_unconverged"] == 3
+    assert found["real"]["rejected"] <= found["real"]["num_images"] - 3
     page = (tmp_path / "w" / "report.html").read_text()
     for what in ("3 own images that calibrate", "3 real images"):
         assert any(what in warning for warning in results["warnings"])

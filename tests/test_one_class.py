@@ -131,11 +131,14 @@ def test_settings_out_of_range(options):
 @pytest.mark.parametrize("name", one_class.CLASSIFIERS)
 def test_a_classifier_is_one_statistic_more(fitted, name):
     images = np.random.default_rng(0).integers(0, 255, (150, 8, 8, 1), np.uint8)
+    reads = "activations" if name == "altered_activations" else "images"
+    rows = images if reads == "images" else activations(4, 150)
     network = classifier.fit(
         jax.random.key(0),
-        images[:100],
-        images[50:],
+        rows[:100],
+        rows[50:],
         ClassifierConfig(widths=(4,), num_steps=2),
+        reads=reads,
     )
     reference = activations(2, 150)
     model = one_class.fit(
@@ -149,9 +152,8 @@ def test_a_classifier_is_one_statistic_more(fitted, name):
     test = activations(3, 20)
     found = one_class.statistics(model, test, images[:20])
     np.testing.assert_array_equal(found[:, :3], one_class.statistics(fitted, test))
-    np.testing.assert_allclose(
-        np.log(found[:, 3]), classifier.logits(network, images[:20]), rtol=1e-5
-    )
+    seen = images[:20] if reads == "images" else test
+    np.testing.assert_allclose(np.log(found[:, 3]), classifier.logits(network, seen), 1e-5, 1e-7)
     # Fisher's sum: the fourth p-value counts one and a half times.
     alone = one_class._log_tail_probability(
         np.asarray(model.reference[3], float), found[:, 3].astype(float)
@@ -164,9 +166,21 @@ def test_a_classifier_is_one_statistic_more(fitted, name):
     test[4, 0, 0, 0] = np.nan
     scores = one_class.score(model, test, images[:20])
     assert np.isnan(scores[4]) and np.isfinite(np.delete(scores, 4)).all()
+    if reads == "activations":
+        np.testing.assert_array_equal(one_class.score(model, test), scores)
+        return
     for wrong in (None, images[:3]):
         with pytest.raises(ValueError, match="need the 20 images"):
             one_class.score(model, test, wrong)
+    assert one_class.score(model, test[:0], images[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="need the 0 images behind .* got none"):
+        one_class.score(model, test[:0])
+
+
+def test_a_reference_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(one_class, "statistics", lambda *_: np.full((20, 3), np.nan))
+    with pytest.raises(ValueError, match="reference is not finite: 20 of 20"):
+        one_class.fit(activations(1, 60), activations(2, 20), CONFIG)
 
 
 def test_activations_on_disk_give_the_same_detector():

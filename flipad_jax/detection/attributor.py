@@ -162,11 +162,10 @@ class AttributorConfig:
                 "max_iters=0 (as few as are found to suffice) goes with the one-class detector and "
                 f"tol=0, got detector={self.detector!r}, tol={self.tol}"
             )
-        if self.batch_size < 1 or self.max_iters < 0 or not self.tol >= 0 or not self.lam >= 0:
-            raise ValueError(
-                f"{self.batch_size=}, {self.max_iters=}, {self.tol=}, {self.lam=}: "
-                "must not be negative"
-            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected 1 at least")
+        if self.max_iters < 0 or not self.tol >= 0 or not self.lam >= 0:
+            raise ValueError(f"{self.max_iters=}, {self.tol=}, {self.lam=}: must not be negative")
 
     def deepsad_config(self) -> DeepSADConfig:
         """DeepSAD's settings: those given, or the paper's."""
@@ -408,7 +407,7 @@ def _treated(
     if config.immunize == "none":
         return images
     treatment = jax.random.fold_in(jax.random.fold_in(rng, 4), number)
-    return perturbations.apply(config.immunize, _as_uint8(images), treatment)
+    return perturbations.apply(config.immunize, images, treatment)
 
 
 def _with_enough_iterations(layer, z_bar, config, own, copies, progress) -> AttributorConfig:
@@ -420,7 +419,13 @@ def _with_enough_iterations(layer, z_bar, config, own, copies, progress) -> Attr
     """
     num_fitted, num_reference = len(own) // 2, len(own) // 4
     if num_reference < 20:  # Too few to fit anything to.
-        return dataclasses.replace(config, max_iters=AttributorConfig.max_iters)
+        usual = AttributorConfig.max_iters
+        logging.warning(
+            "%d own images are too few to find how many iterations suffice (80 are needed): %d",
+            len(own),
+            usual,
+        )
+        return dataclasses.replace(config, max_iters=usual)
     areas = []
     for place, max_iters in enumerate(_TRIED_ITERATIONS):
         tried = dataclasses.replace(config, max_iters=max_iters)
@@ -438,12 +443,36 @@ def _with_enough_iterations(layer, z_bar, config, own, copies, progress) -> Attr
             metrics.auc(one_class.score(fitted, parts[2]), one_class.score(fitted, theirs))
         )
         progress("how many iterations it takes", place + 1, len(_TRIED_ITERATIONS))
+    # Areas are of floating-point sums, which another device makes otherwise: one process decides.
+    areas = list(parallel.gather(np.asarray(areas)[None])[0])
     enough = next(i for i, area in enumerate(areas) if area >= max(areas) - _AREA_LOST)
     logging.info(
         "areas of own images against altered copies by iterations: %s",
         ", ".join(f"{n}: {area:.4f}" for n, area in zip(_TRIED_ITERATIONS, areas)),
     )
     return dataclasses.replace(config, max_iters=_TRIED_ITERATIONS[enough])
+
+
+class OwnParts(NamedTuple):
+    """How `fit` divides own images for the one-class detector.
+
+    Attributes:
+      calibration: images that calibrate.
+      reference: images that give tail probabilities, as many.
+      inverted: images that are inverted and fitted to, of all others.
+    """
+
+    calibration: int
+    reference: int
+    inverted: int
+
+
+def own_parts(config: AttributorConfig, num_generated: int, *, taught: bool) -> OwnParts:
+    """The parts of so many own images; `taught`: whether there is a network, which sees them all."""
+    num_calibration = int(num_generated * config.calibration_share)
+    rest = num_generated - 2 * num_calibration
+    inverted = min(rest, config.num_inverted) if taught else rest
+    return OwnParts(num_calibration, num_calibration, inverted)
 
 
 def num_altered_inverted(layer: FinalLayer, config: AttributorConfig) -> int:
@@ -538,13 +567,14 @@ def fit(
     Args:
       layer: its last layer.
       z_bar: its mean activation, see `final_layer.mean_activation`.
-      generated: own images, `[n, h, w, c]` uint8 (as they are published) or float32 in [-1, 1].
+      generated: own images, `[n, h, w, c]` uint8 (as they are published) or float32 in [-1, 1],
+        which are rounded to 8 bits, as everything is that they are compared with.
       real: images that the model was trained on; DeepSAD needs them, the one-class detector takes
         none.
       rng: key of the split and of what is trained.
       impostors: images of changed copies of our generator (`generators.impostors.generate`), some
-        thousands, for the one-class detector. With them it tells other seeds of our architecture
-        far better.
+        thousands, for the one-class detector. With them it tells our own model better once that
+        was trained on; other seeds it tells as well without.
       config: settings.
       progress: called with (what is being done, how much is done, of how much).
       kept: what an earlier call with the same arguments had done, which is not done again: inverted
@@ -579,11 +609,17 @@ def fit(
     parallel.check_same(
         "what is fitted, and to what,", config, generated, real, impostors, seed, *leaves
     )
+    generated = _as_uint8(generated)  # else what was rounded is told from what was not
+    real = None if real is None else _as_uint8(real)
+    impostors = None if impostors is None else _as_uint8(impostors)
     # Here, and not after hours of inversion: a batch must be one that processes can share.
     if config.detector == "deepsad":
         parallel.mesh(config.deepsad_config().batch_size)
     elif impostors is not None or config.num_altered:
         parallel.mesh(2 * config.classifier.batch_size)
+        num_others = [len(impostors)] if impostors is not None else []
+        num_others += [config.num_altered] if config.num_altered else []
+        classifier.check_counts(len(generated), min(num_others))
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -609,13 +645,13 @@ def fit(
     untouched = None
     if config.check_untouched and config.immunize == "none":
         progress("learning what untouched images look like", 0, 1)
-        untouched = validity.fit(_as_uint8(generated), jax.random.fold_in(rng, 2))
+        untouched = validity.fit(generated, jax.random.fold_in(rng, 2))
         progress("learning what untouched images look like", 1, 1)
     z_bar = jnp.array(z_bar)  # A copy, for the attributor keeps it.
     if config.max_iters == 0:
         stream = int(jax.random.randint(jax.random.fold_in(rng, 5), (), 0, 2**31 - 1))
         # Images that calibrate nothing: what is chosen by them must not favour them.
-        few = _as_uint8(given[order[num_calibration:][:_TRIED_ON]])
+        few = given[order[num_calibration:][:_TRIED_ON]]
         copies = perturbations.alter(few[len(few) // 2 :], stream, len(few) // 2)
         trials = _treated(config, few, rng, 4), _treated(config, copies, rng, 5)
         config = _with_enough_iterations(layer, z_bar, config, *trials, progress)
@@ -628,9 +664,10 @@ def fit(
     profile = None
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        reference, fitting = rest[:num_calibration], rest[num_calibration:]
         taught = impostors is not None or config.num_altered > 0
-        inverted = fitting[: config.num_inverted] if taught else fitting
+        parts = own_parts(config, len(generated), taught=taught)
+        reference, fitting = rest[: parts.reference], rest[parts.reference :]
+        inverted = fitting[: parts.inverted]
         chosen = generated[np.concatenate([reference, inverted])]
         activation = layer.operator.input_shape
         held_out = FeatureRows((len(reference), *activation))
@@ -654,7 +691,7 @@ def fit(
         if config.num_altered:
             progress("altering own images", 0, config.num_altered)
             stream = int(jax.random.randint(jax.random.fold_in(rng, 3), (), 0, 2**31 - 1))
-            copies = perturbations.alter(_as_uint8(given[fitting]), stream, config.num_altered)
+            copies = perturbations.alter(given[fitting], stream, config.num_altered)
             # Altered first: what is done to all images is done to a rival's, too.
             lookalikes["altered"] = _treated(config, copies, rng, 2)
             progress("altering own images", config.num_altered, config.num_altered)
@@ -758,16 +795,16 @@ def kept_bytes(
     if config.features != "activations":
         return 0
     shape = layer.operator.input_shape
-    num_calibration = int(num_generated * config.calibration_share)
-    num_rows = num_generated - num_calibration
+    num_rows = num_generated - int(num_generated * config.calibration_share)
     if config.detector == "deepsad":
         chosen = features.preset(config.features, config.convention)
         raw = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         shape = jax.eval_shape(functools.partial(features.extract, chosen), raw).shape[1:]
         num_rows += num_real
-    elif with_impostors or config.num_altered:
-        num_rows = min(num_rows, num_calibration + config.num_inverted)
-        num_rows += num_altered_inverted(layer, config)
+    else:
+        taught = with_impostors or config.num_altered > 0
+        parts = own_parts(config, num_generated, taught=taught)
+        num_rows = parts.reference + parts.inverted + num_altered_inverted(layer, config)
     return 4 * num_rows * math.prod(shape)
 
 

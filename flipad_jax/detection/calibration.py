@@ -108,16 +108,18 @@ def verdict_threshold(own_scores: ArrayLike, fnr: float) -> float:
 
     `conformal_threshold` where n >= 1 / fnr - 1 scores certify the rate: a new own image is
     rejected with probability fnr at most, and an image is called not ours exactly where its
-    `conformal_p_values` is fnr or less. With fewer scores nothing would ever be rejected; then
-    `threshold`, which certifies nothing.
+    `conformal_p_values` is fnr or less (but for fnr = 1, where it is the smallest score). With
+    fewer scores nothing would ever be rejected; then it is their maximum, which a new own image
+    exceeds with probability 1 / (n + 1) at most: more than fnr, and the least that any finite
+    threshold can promise.
 
     Args, errors: as for `threshold`.
 
     Returns:
       A finite threshold; reject what is strictly above.
     """
-    certified = conformal_threshold(own_scores, fnr)
-    return certified if math.isfinite(certified) else threshold(own_scores, fnr)
+    scores = _own_scores(own_scores)
+    return float(np.clip(conformal_threshold(scores, fnr), scores.min(), scores.max()))
 
 
 def conformal_p_values(own_scores: ArrayLike, scores: ArrayLike) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Small networks that tell own images from others that look like ours.
 
-It learns from own images and, in place of rivals, from what can be made of our own model:
+They learn from own images and, in place of rivals, from what can be made of our own model:
 
 *   *altered* copies of own images (`perturbations.alter`), for which own images are enough;
 *   images of *impostors*, changed copies of our own generator (`generators.impostors`).
@@ -13,12 +13,14 @@ to its statistics.
 Input of the first, per colour channel, of the image in 8 bits: atanh(x) / 4 with the clip of
 `final_layer`, x, and whether the grey level is 0, 1, 2; of the second z', every channel less its
 mean over own ones and in units of its standard deviation. Convolutions 4 x 4 of stride 2 down to 4
-x 4, batch normalisation, leaky ReLU 0.1, one dense output. Cross entropy, AdamW with weight decay
-1e-2, one learning-rate cycle up to 3e-3, as many own images as others in a batch.
+x 4 (dense layers where a side is a single place, as before a dense last layer), batch
+normalisation, leaky ReLU 0.1, one dense output. Cross entropy, AdamW with weight decay 1e-2, one
+learning-rate cycle up to 3e-3, as many own images as others in a batch.
 
 Images and activations of more than 64 places a side are read in squares of 64 at multiples of 8, so
-that every square meets the strides alike: a random one of each image in training, as many as cover
-the image when it is asked, whose logits are averaged.
+that every square meets the strides alike: a random one of each image in training; when the image is
+asked about, as many as cover it, whose logits are averaged. Of a side beyond 64 that is no multiple
+of 8 up to 7 rows or columns at the end are not seen.
 """
 
 import dataclasses
@@ -36,7 +38,7 @@ from flipad_jax import data, parallel
 from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.generators import layers
 
-__all__ = ["READS", "Classifier", "ClassifierConfig", "fit", "logits"]
+__all__ = ["READS", "Classifier", "ClassifierConfig", "check_counts", "fit", "logits"]
 
 READS = ("images", "activations")
 
@@ -102,9 +104,11 @@ class _Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x = images
+        x, stage_of = images, layers.Conv
+        if min(images.shape[1:3]) < 2:  # No window of a convolution finds room.
+            x, stage_of = images.reshape(images.shape[0], -1), nn.Dense
         for stage in range(self.num_stages):
-            x = layers.Conv(self.widths[min(stage, len(self.widths) - 1)])(x)
+            x = stage_of(self.widths[min(stage, len(self.widths) - 1)])(x)
             x = nn.leaky_relu(layers.BatchNorm()(x, train=train), 0.1)
         return nn.Dense(1)(x.reshape(x.shape[0], -1))[:, 0]
 
@@ -128,6 +132,19 @@ def _network(image_shape: tuple[int, int, int], config: ClassifierConfig) -> _Ne
     while size > 4:
         size, num_stages = size // 2, num_stages + 1
     return _Network(config.widths, max(num_stages, 1))
+
+
+def check_counts(num_own: int, num_others: int) -> None:
+    """Refuse, before anything is computed, what `fit` would.
+
+    Raises:
+      ValueError: for fewer than 16 of either.
+    """
+    if min(num_own, num_others) < 16:
+        raise ValueError(
+            f"{num_own} own images and {num_others} others are too few to learn from; "
+            "expected 16 of either at least, and some thousands to be good"
+        )
 
 
 def _inputs(images: jax.Array) -> jax.Array:
@@ -160,17 +177,13 @@ def fit(
     Returns:
       The classifier.
     Raises:
-      ValueError: for images of another kind, fewer than 16 of either, or a batch that cannot be
-        divided among the processes.
+      ValueError: for images of another kind, fewer than 16 of either, a batch that cannot be
+        divided among the processes, or training that ends in NaN or infinity.
     """
     own = _checked(own, reads)
     h, w, c = own.shape[1:]
     others = _checked(others, reads, (h, w, c))
-    if min(len(own), len(others)) < 16:
-        raise ValueError(
-            f"{len(own)} own images and {len(others)} others are too few to learn from; "
-            "expected 16 of either at least, and some thousands to be good"
-        )
+    check_counts(len(own), len(others))
     mesh = parallel.mesh(2 * config.batch_size)
     shape = (h, w, c)
     network = _network(shape, config)
@@ -225,7 +238,14 @@ def fit(
         variables, opt_state = step(variables, opt_state, batch)
         if progress is not None:
             progress(index + 1)
-    return dataclasses.replace(model, variables=parallel.local(variables))
+    variables = parallel.local(variables)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)):
+        raise ValueError(
+            f"the network that reads {reads} ended with weights that are not finite after "
+            f"{config.num_steps} steps: lower learning_rate={config.learning_rate}, or look for "
+            "extreme values in what it learns from"
+        )
+    return dataclasses.replace(model, variables=variables)
 
 
 def _checked(

@@ -23,7 +23,8 @@ Own images that fitted nothing of this (the reference) turn each statistic s int
 p(s), and the score is Fisher's sum -2 sum_i w_i log p_i, higher = less likely ours. The statistics
 are dependent, so the sum is a score and no chi-square: its threshold comes from a third set of own
 images (`calibration`). A network counts one and a half times: it sees what the first three may
-miss. (That weight, and no network, was chosen while looking at rivals; 1 to 3 serve.)
+miss. What was chosen while looking at rivals, the weight and which networks there are, is told in
+WORKSPACE.md; no network ever learned from one.
 
 An empirical p-value cannot fall below 1 / (n + 1), so alone it would throw away how far beyond all
 own images a statistic lies. Above the reference's 98 % quantile u the tail is therefore continued
@@ -36,6 +37,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +56,14 @@ __all__ = [
     "Gaussian",
     "OneClass",
     "OneClassConfig",
+    "Tails",
     "fisher_sum",
+    "fisher_weights",
     "fit",
+    "odds",
     "score",
     "statistics",
+    "tails",
 ]
 
 STATISTICS = ("residual", "channel_moments", "quantiles")
@@ -276,6 +282,11 @@ def fit(
         config=config,
     )
     sorted_reference = np.sort(statistics(model, reference, reference_images), axis=0).T
+    if not np.isfinite(sorted_reference).all():
+        raise ValueError(
+            "a statistic of the reference is not finite: "
+            f"{int((~np.isfinite(sorted_reference)).any(axis=0).sum())} of {len(reference)} images"
+        )
     return dataclasses.replace(model, reference=jnp.asarray(sorted_reference))
 
 
@@ -355,8 +366,8 @@ def statistics(
     _check("activations", z, model.input_shape)
     found = _activation_statistics(model, z)
     reads_images = any(network.reads == "images" for network in model.classifiers.values())
-    shown = np.zeros((0, 0, 0, 0)) if images is None else images
-    if reads_images and len(shown) != len(z):
+    shown = z[:0] if images is None else images
+    if reads_images and (images is None or len(shown) != len(z)):
         raise ValueError(
             f"the classifiers of this detector need the {len(z)} images behind the activations, "
             f"got {'none' if images is None else len(images)}"
@@ -365,11 +376,19 @@ def statistics(
     for name in CLASSIFIERS:
         if name in model.classifiers:
             network = model.classifiers[name]
-            odds = classifier.logits(network, shown if network.reads == "images" else z)
-            odds = np.exp(np.clip(odds, -_LARGEST_LOGIT, _LARGEST_LOGIT)).astype(np.float32)
-            odds[np.isnan(found).any(axis=1)] = np.nan
-            columns.append(odds[:, None])
+            column = odds(network, shown if network.reads == "images" else z)
+            column[np.isnan(found).any(axis=1)] = np.nan
+            columns.append(column[:, None])
     return np.concatenate(columns, axis=1)
+
+
+def odds(network: Classifier, rows: np.ndarray | FeatureRows) -> np.ndarray:
+    """Odds `[n]`, float32, that images only look like ours: a positive statistic of a network.
+
+    Args, errors: as for `classifier.logits`.
+    """
+    found = classifier.logits(network, rows)
+    return np.exp(np.clip(found, -_LARGEST_LOGIT, _LARGEST_LOGIT)).astype(np.float32)
 
 
 def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.ndarray:
@@ -385,19 +404,52 @@ def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.n
     return np.concatenate(rows)
 
 
+class Tails(NamedTuple):
+    """Where the statistics' own values thin out, and how fast.
+
+    Beyond the edge log p = log_p - (log s - edge) / index.
+
+    Attributes:
+      edge: `[k]` logarithms of the values where the Pareto tails begin.
+      index: `[k]` Hill's estimates of their index.
+      log_p: log tail probability at the edge, the same for all.
+    """
+
+    edge: np.ndarray
+    index: np.ndarray
+    log_p: float
+
+
+def tails(reference: np.ndarray | jax.Array) -> Tails:
+    """The Pareto tails of statistics, from their values `[k, m]` on the reference, sorted."""
+    logs = _logs(np.asarray(reference, np.float64))
+    size = logs.shape[1]
+    in_tail = max(int(_TAIL * size), _MIN_TAIL)
+    edge = logs[:, size - in_tail - 1]
+    # Hill's estimator; its floor keeps a reference of equal values from dividing by zero.
+    index = np.maximum(np.mean(logs[:, size - in_tail :] - edge[:, None], axis=1), 1e-6)
+    return Tails(edge, index, float(np.log((1 + in_tail) / (size + 1))))
+
+
+def _logs(values: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(values, np.finfo(np.float32).tiny))
+
+
 def _log_tail_probability(reference: np.ndarray, values: np.ndarray) -> np.ndarray:
     """log p of `values` `[n]` under the sorted `reference` `[m]`: empirical, Pareto in the tail."""
-    size = reference.size
-    at_least = size - np.searchsorted(reference, values, side="left")
-    empirical = np.log((1 + at_least) / (size + 1))
-    in_tail = max(int(_TAIL * size), _MIN_TAIL)
-    log_reference = np.log(np.maximum(reference, np.finfo(np.float32).tiny))
-    edge = log_reference[size - in_tail - 1]
-    # Hill's estimator; its floor keeps a reference of equal values from dividing by zero.
-    index = max(float(np.mean(log_reference[size - in_tail :] - edge)), 1e-6)
-    log_values = np.log(np.maximum(values, np.finfo(np.float32).tiny))
-    beyond = np.log((1 + in_tail) / (size + 1)) - (log_values - edge) / index
-    return np.where(log_values > edge, beyond, empirical)
+    at_least = reference.size - np.searchsorted(reference, values, side="left")
+    empirical = np.log((1 + at_least) / (reference.size + 1))
+    tail = tails(reference[None])
+    logs = _logs(values)
+    beyond = tail.log_p - (logs - tail.edge[0]) / tail.index[0]
+    return np.where(logs > tail.edge[0], beyond, empirical)
+
+
+def fisher_weights(num_statistics: int) -> np.ndarray:
+    """Weights `[k]` of Fisher's sum: 1 for each of `STATISTICS`, more for a network."""
+    weights = np.full(num_statistics, _CLASSIFIER_WEIGHT)
+    weights[: len(STATISTICS)] = 1.0
+    return weights
 
 
 def fisher_sum(reference: np.ndarray | jax.Array, values: np.ndarray) -> np.ndarray:
@@ -413,7 +465,7 @@ def fisher_sum(reference: np.ndarray | jax.Array, values: np.ndarray) -> np.ndar
         np.asarray(reference, np.float64),
         np.asarray(values, np.float64),
     )
-    weights = [1.0] * len(STATISTICS) + [_CLASSIFIER_WEIGHT] * (len(reference) - len(STATISTICS))
+    weights = fisher_weights(len(reference))
     with np.errstate(invalid="ignore"):
         logs = [
             weight * _log_tail_probability(sorted_values, column)

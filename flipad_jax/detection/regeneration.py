@@ -100,7 +100,7 @@ class RegenerationConfig:
         hurry: half the patience, and `far_gain`. An image of ours is found long before it crawls
         there; what is not ours comes to rest. A processing that leaves own images further away
         raises it to its slack.
-      far_gain: `min_gain` there, if it is more.
+      far_gain: takes the place of a smaller `min_gain` there.
       start_scale: standard deviation of random starts; below that of the latents, because a start
         near zero is in the middle of the images.
       prior: weight of ||z||^2 beside the squared residual in target space, a hundredth of it in
