@@ -154,7 +154,7 @@ def make(attributor: Attributor) -> Surrogate:
         log_reference=narrow(log_reference),
         log_p=narrow(np.log((1 + at_least) / (size + 1))),
         edge=narrow(tail.edge),
-        index=narrow(tail.index),
+        index=narrow(tail.hill),
         weights=narrow(one_class.fisher_weights(len(log_reference))),
         tail=tail.log_p,
         lam=config.lam,

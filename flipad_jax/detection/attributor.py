@@ -468,7 +468,7 @@ class OwnParts(NamedTuple):
 
 
 def own_parts(config: AttributorConfig, num_generated: int, *, taught: bool) -> OwnParts:
-    """The parts of so many own images; `taught`: whether there is a network, which sees them all."""
+    """The parts of so many own images; `taught`: whether networks learn, which see all the rest."""
     num_calibration = int(num_generated * config.calibration_share)
     rest = num_generated - 2 * num_calibration
     inverted = min(rest, config.num_inverted) if taught else rest

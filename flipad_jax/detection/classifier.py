@@ -104,11 +104,11 @@ class _Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x, stage_of = images, layers.Conv
+        x, make_stage = images, cast(Callable[[int], nn.Module], layers.Conv)
         if min(images.shape[1:3]) < 2:  # No window of a convolution finds room.
-            x, stage_of = images.reshape(images.shape[0], -1), nn.Dense
+            x, make_stage = images.reshape(images.shape[0], -1), nn.Dense
         for stage in range(self.num_stages):
-            x = stage_of(self.widths[min(stage, len(self.widths) - 1)])(x)
+            x = make_stage(self.widths[min(stage, len(self.widths) - 1)])(x)
             x = nn.leaky_relu(layers.BatchNorm()(x, train=train), 0.1)
         return nn.Dense(1)(x.reshape(x.shape[0], -1))[:, 0]
 

@@ -407,16 +407,16 @@ def _activation_statistics(model: OneClass, z: np.ndarray | FeatureRows) -> np.n
 class Tails(NamedTuple):
     """Where the statistics' own values thin out, and how fast.
 
-    Beyond the edge log p = log_p - (log s - edge) / index.
+    Beyond the edge log p = log_p - (log s - edge) / hill.
 
     Attributes:
       edge: `[k]` logarithms of the values where the Pareto tails begin.
-      index: `[k]` Hill's estimates of their index.
+      hill: `[k]` Hill's estimates of their index.
       log_p: log tail probability at the edge, the same for all.
     """
 
     edge: np.ndarray
-    index: np.ndarray
+    hill: np.ndarray
     log_p: float
 
 
@@ -427,8 +427,8 @@ def tails(reference: np.ndarray | jax.Array) -> Tails:
     in_tail = max(int(_TAIL * size), _MIN_TAIL)
     edge = logs[:, size - in_tail - 1]
     # Hill's estimator; its floor keeps a reference of equal values from dividing by zero.
-    index = np.maximum(np.mean(logs[:, size - in_tail :] - edge[:, None], axis=1), 1e-6)
-    return Tails(edge, index, float(np.log((1 + in_tail) / (size + 1))))
+    hill = np.maximum(np.mean(logs[:, size - in_tail :] - edge[:, None], axis=1), 1e-6)
+    return Tails(edge, hill, float(np.log((1 + in_tail) / (size + 1))))
 
 
 def _logs(values: np.ndarray) -> np.ndarray:
@@ -441,7 +441,7 @@ def _log_tail_probability(reference: np.ndarray, values: np.ndarray) -> np.ndarr
     empirical = np.log((1 + at_least) / (reference.size + 1))
     tail = tails(reference[None])
     logs = _logs(values)
-    beyond = tail.log_p - (logs - tail.edge[0]) / tail.index[0]
+    beyond = tail.log_p - (logs - tail.edge[0]) / tail.hill[0]
     return np.where(logs > tail.edge[0], beyond, empirical)
 
 
