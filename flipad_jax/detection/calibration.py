@@ -3,8 +3,8 @@
 Scores: higher = less likely ours; an image is declared not ours iff its score is above (not at) the
 threshold. All thresholds come from scores of own images that trained nothing (a validation split).
 
-A verdict takes `verdict_threshold`: conformal where n own scores certify the rate, the quantile of
-the paper where they are too few to.
+A verdict takes `verdict_threshold`: conformal where n own scores certify the rate, their maximum
+where they are too few to.
 
 What n own scores can certify. The empirical quantile of the paper (`threshold`) rejects a new own
 image with probability fnr only about: with few scores the true rate may be twice that.
