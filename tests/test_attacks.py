@@ -232,7 +232,9 @@ def test_mistakes_are_refused_before_anything_is_computed(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "need 3 widths" in refused("--student_features=8,8")
-    assert "--other is missing" in refused("--ours=digits_dcgan_2")
+    mine = tmp_path / "mine.safetensors"  # of which no other seed is known
+    zoo.save_file(mine, zoo.load("digits_dcgan_0"), zoo.record("digits_dcgan_0"))
+    assert "--other is missing" in refused(f"--ours={mine}")
     assert "--trained_on=2,2" in refused("--trained_on=2,2")
     assert "--ours=nothing: expected a generator of the zoo" in refused("--ours=nothing")
 

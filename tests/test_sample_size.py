@@ -19,7 +19,7 @@ def test_rates_are_pooled_over_fits_and_thresholds_are_each_fits_own():
                 "calibration": np.sort(own[:400]),
                 "own": own[400:],
                 "real": rng.exponential(size=300) + shift + 6,
-                "seconds": shift,
+                "fit_seconds": shift,
             }
         )
     row = sample_size._row(1600, 0.05, scored, ["real"])
