@@ -32,7 +32,7 @@ from absl import app, flags
 from flipad_jax import metrics
 from flipad_jax.detection import regeneration
 from flipad_jax.detection.regeneration import RegenerationConfig
-from flipad_jax.generators import sampling, zoo
+from flipad_jax.generators import zoo
 
 _GENERATOR = flags.DEFINE_string("generator", "digits_dcgan_0", "A generator of the zoo, a file.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 200, "Own images.", lower_bound=10)
