@@ -615,7 +615,12 @@ _SCORERS: dict[str, Callable[[_Question], dict[str, np.ndarray]]] = {
 
 
 def plan(
-    settings: Settings, num_sources: int, num_cells: int, *, ours: tuple[str, ...] = ()
+    settings: Settings,
+    num_sources: int,
+    num_cells: int,
+    *,
+    num_fits: int | None = None,
+    ours: tuple[str, ...] = (),
 ) -> list[_plan.Stage]:
     """Stages for `--plan`: generators of all families and seeds, then the cells.
 
@@ -623,11 +628,13 @@ def plan(
       settings: of the experiment.
       num_sources: test sets that a cell is asked about, own ones among them.
       num_cells: cells of each method and family.
+      num_fits: how many of them fit a detector, where others take that of an earlier cell.
       ours: families that have cells; () for all.
     """
     images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
     stages: list[_plan.Stage] = []
-    num_tests = num_sources * settings.num_test
+    num_fits = num_cells if num_fits is None else num_fits
+    num_tests = num_sources * settings.num_test * num_cells
     num_supervised = settings.num_own + settings.num_calibration
     for family in settings.families:
         gan, _ = _generators.gan(settings, family, images.shape)
@@ -652,9 +659,9 @@ def plan(
                 step = _plan.deepsad_training(
                     config.deepsad_config(), shape, count, name=f"{shown}: training step"
                 )
-                cells.append(step._replace(calls=step.calls * num_cells))
+                cells.append(step._replace(calls=step.calls * num_fits))
                 if method == "flipad":
-                    inverted += count + settings.num_calibration + num_tests
+                    inverted += (count + settings.num_calibration) * num_fits + num_tests
             elif method.startswith("one_class"):
                 shapes = {
                     "images": generator.image_shape,
@@ -664,17 +671,18 @@ def plan(
                 count = num_supervised if method == "one_class" else settings.num_many
                 config = _attributor_config(method, settings, count)
                 taught = bool(learned) or method == "one_class_impostors"
-                inverted += sum(attribution.own_parts(config, count, taught=taught))
-                inverted += attribution.num_altered_inverted(layer, config) + num_tests
+                learned_from = sum(attribution.own_parts(config, count, taught=taught))
+                learned_from += attribution.num_altered_inverted(layer, config)
+                inverted += learned_from * num_fits + num_tests
                 if method == "one_class_impostors":
                     learned.append(("impostors", "images"))
-                    made = _plan.impostor_images(generator, settings.num_impostors * num_cells)
+                    made = _plan.impostor_images(generator, settings.num_impostors * num_fits)
                     cells.append(made._replace(name=f"{FAMILY_NAMES[family]}, {made.name}"))
                 for lookalikes, reads in learned:
                     steps = ClassifierConfig(num_steps=settings.classifier_steps)
                     step = _plan.classifier_training(shapes[reads], steps, lookalikes, reads=reads)
                     name = f"{shown}, {step.name}"
-                    cells.append(step._replace(name=name, calls=step.calls * num_cells))
+                    cells.append(step._replace(name=name, calls=step.calls * num_fits))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(
@@ -698,7 +706,7 @@ def plan(
             stages.append(
                 _plan.inversion(
                     layer,
-                    inverted * num_cells,
+                    inverted,
                     max_iters=settings.max_iters,
                     tol=settings.tol,
                     name=f"{FAMILY_NAMES[family]}: inversion, 10 iterations of 64 images",

@@ -196,5 +196,8 @@ def plan(config: Config) -> list[_plan.Stage]:
         config,
         len(config.families) + 1,
         len(config.seeds) * len(config.perturbations),
+        # Of images processed alike each cell learns anew; else one detector serves all columns.
+        num_fits=len(config.seeds)
+        * (len(config.perturbations) if config.immunize == "same" else 1),
         ours=_ours(config),
     )
