@@ -125,6 +125,11 @@ def make(attributor: Attributor) -> Surrogate:
             "a gradient is known for the one-class detector and a fixed number of FISTA "
             f"iterations, not for {config.detector}, {config.method}, tol={config.tol:g}"
         )
+    if "reconstruction" in model.classifiers:
+        raise ValueError(
+            "a gradient is known for attributors of untouched images, not for one that was "
+            f"immunised ({config.immunize})"
+        )
     # From the library's own functions, so that a change there changes this.
     size = math.prod(attributor.image_shape)
     shown = np.resize(_LEVELS, -(-256 // size) * size).astype(np.uint8)

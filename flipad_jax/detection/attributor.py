@@ -37,12 +37,14 @@ from flipad_jax.detection import (
     deepsad,
     features,
     one_class,
+    reconstruction,
     validity,
 )
-from flipad_jax.detection.classifier import ClassifierConfig
+from flipad_jax.detection.classifier import Classifier, ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSAD, DeepSADConfig
 from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
+from flipad_jax.detection.reconstruction import ReconstructionConfig, Reconstructor
 from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion.final_layer import FinalLayer, invert
 
@@ -79,6 +81,7 @@ _LEARNED = {
     "altered_activations": "activations of altered copies",
     "impostors": "impostors",
 }
+_PROCESSED_ANEW = 2  # times that own images are processed for the network that draws them again
 _DOUBTED = 0.01  # p-value of "untouched" up to which a verdict is doubted
 
 
@@ -110,7 +113,9 @@ class AttributorConfig:
         better the more they see.
       immunize: what happens to images before they are judged, a name of `perturbations.apply`:
         all that are learned from and calibrate are treated so first. "any" where it is not known
-        which.
+        which. A further network learns to draw untouched own images from such ones.
+      reconstruction: its settings; `num_steps=0` for none. It takes some minutes on a CPU, and the
+        one-class detector only; more own images make it better, ten thousand are good.
       deepsad: settings of DeepSAD; None for the paper's with the encoder that fits `features`.
       calibration_share: share of the generated images that calibrate; the one-class detector takes
         as many again as reference for its tail probabilities.
@@ -132,6 +137,7 @@ class AttributorConfig:
     num_altered: int = 8192
     num_inverted: int = 2000
     immunize: str = "none"
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
     deepsad: DeepSADConfig | None = None
     calibration_share: float = 0.25
     check_untouched: bool = True
@@ -166,6 +172,12 @@ class AttributorConfig:
             raise ValueError(f"batch_size={self.batch_size}: expected 1 at least")
         if self.max_iters < 0 or not self.tol >= 0 or not self.lam >= 0:
             raise ValueError(f"{self.max_iters=}, {self.tol=}, {self.lam=}: must not be negative")
+
+    @property
+    def draws(self) -> bool:
+        """Whether a network learns to draw own images: see `reconstruction`."""
+        one_class_of_processed = self.detector == "one_class" and self.immunize != "none"
+        return one_class_of_processed and self.reconstruction.num_steps > 0
 
     def deepsad_config(self) -> DeepSADConfig:
         """DeepSAD's settings: those given, or the paper's."""
@@ -620,6 +632,8 @@ def fit(
         num_others = [len(impostors)] if impostors is not None else []
         num_others += [config.num_altered] if config.num_altered else []
         classifier.check_counts(len(generated), min(num_others))
+    if config.draws:
+        parallel.mesh(config.reconstruction.batch_size)
     split_rng, train_rng = jax.random.split(rng)
     order = np.asarray(jax.random.permutation(split_rng, len(generated)))
     num_calibration = int(len(generated) * config.calibration_share)
@@ -713,7 +727,7 @@ def fit(
                 for start, part in kept_parts(len(copies), "altered", altered_activations):
                     rows[start : start + len(part["rows"])] = part["rows"]
                 learned["altered_activations"] = (fitted_on, rows, "activations")
-        classifiers = {}
+        classifiers: dict[str, Classifier | Reconstructor] = {}
         for number, name in enumerate(one_class.CLASSIFIERS):
             if name in learned:
                 mine, others, reads = learned[name]
@@ -728,6 +742,21 @@ def fit(
                         _report, progress, what, config.classifier.num_steps
                     ),
                 )
+        if config.draws:
+            what = "learning to draw own images, steps"
+            steps = config.reconstruction.num_steps
+            processed = [
+                _treated(config, given[fitting], rng, 6 + number)
+                for number in range(_PROCESSED_ANEW)
+            ]
+            number = one_class.CLASSIFIERS.index("reconstruction")
+            classifiers["reconstruction"] = reconstruction.fit(
+                jax.random.fold_in(train_rng, number),
+                given[fitting],
+                processed,
+                config.reconstruction,
+                progress=functools.partial(_report, progress, what, steps),
+            )
         detector = one_class.fit(
             fitted_on,
             held_out,

@@ -33,13 +33,14 @@ from flipad_jax.detection.attributor import (
 from flipad_jax.detection.classifier import Classifier, ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSAD, DeepSADConfig
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
+from flipad_jax.detection.reconstruction import ReconstructionConfig, Reconstructor
 from flipad_jax.detection.validity import Validity
 from flipad_jax.inversion import linops
 from flipad_jax.inversion.final_layer import FinalLayer
 
 __all__ = ["FORMAT", "describe", "load", "save"]
 
-FORMAT = 3
+FORMAT = 4
 _ARRAYS, _SETTINGS = "attributor.safetensors", "attributor.json"
 _OPERATORS = {cls.__name__: cls for cls in (linops.ConvTranspose, linops.Conv, linops.Dense)}
 
@@ -223,13 +224,14 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
     stored = dict(settings["config"])
     stored["one_class"] = OneClassConfig(**stored["one_class"])
     stored["classifier"] = ClassifierConfig(**stored["classifier"])
+    stored["reconstruction"] = ReconstructionConfig(**stored["reconstruction"])
     if stored["deepsad"] is not None:
         stored["deepsad"] = DeepSADConfig(**stored["deepsad"])
     config = AttributorConfig(**stored)
     arrays = jax.tree.map(jnp.asarray, tree["detector"])
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        classifiers = {
+        classifiers: dict[str, Classifier | Reconstructor] = {
             name: Classifier(
                 parts["variables"],
                 parts.get("offset"),
@@ -238,7 +240,13 @@ def _assemble(settings: dict[str, Any], flat: dict[str, np.ndarray]) -> Attribut
                 config.classifier,
             )
             for name, parts in arrays.get("classifiers", {}).items()
+            if name != "reconstruction"
         }
+        if "reconstruction" in arrays.get("classifiers", {}):
+            variables = arrays["classifiers"]["reconstruction"]["variables"]
+            classifiers["reconstruction"] = Reconstructor(
+                variables, image_shape, config.reconstruction
+            )
         detector = OneClass(
             mean=arrays["mean"],
             directions=arrays["directions"],

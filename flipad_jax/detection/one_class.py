@@ -9,8 +9,8 @@ of them, fitted on own images alone, read it off:
 *   **channel moments**: Mahalanobis distance of the per-channel means and standard deviations;
 *   **quantiles**: Mahalanobis distance of a few quantiles of all entries of z'.
 
-Small networks can be added (`classifier`, `fit(..., classifiers=)`), each a statistic more, the
-odds that an image only looks like ours:
+Small networks can be added (`fit(..., classifiers=)`), each a statistic more: of a `classifier` the
+odds that an image only looks like ours, of a `reconstruction` how badly it draws the image.
 
 *   **altered**: it learned to tell own images from altered copies of them (`perturbations.alter`);
     own images are enough for it, and it sees most rivals.
@@ -18,6 +18,8 @@ odds that an image only looks like ours:
 *   **impostors**: it learned to tell own images from those of changed copies of our own generator
     (`generators.impostors`), for which one needs the generator. It sees our own model after some
     more training best.
+*   **reconstruction**: it learned to draw untouched own images from processed ones. Where images
+    were processed the others see little, and it sees what the picture shows.
 
 Own images that fitted nothing of this (the reference) turn each statistic s into a tail probability
 p(s), and the score is Fisher's sum -2 sum_i w_i log p_i, higher = less likely ours. The statistics
@@ -37,7 +39,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +48,10 @@ from flax import struct
 from jax import lax
 
 from flipad_jax import parallel
-from flipad_jax.detection import classifier
+from flipad_jax.detection import classifier, reconstruction
 from flipad_jax.detection.classifier import Classifier
 from flipad_jax.detection.feature_rows import FeatureRows
+from flipad_jax.detection.reconstruction import Reconstructor
 
 __all__ = [
     "CLASSIFIERS",
@@ -67,7 +70,7 @@ __all__ = [
 ]
 
 STATISTICS = ("residual", "channel_moments", "quantiles")
-CLASSIFIERS = ("altered", "altered_activations", "impostors")
+CLASSIFIERS = ("altered", "altered_activations", "impostors", "reconstruction")
 
 _CLASSIFIER_WEIGHT = 1.5  # in Fisher's sum, where each of STATISTICS has 1
 _LARGEST_LOGIT = 80.0  # its exponential is still a float32
@@ -205,7 +208,7 @@ def fit(
     reference: np.ndarray | FeatureRows,
     config: OneClassConfig = OneClassConfig(),
     *,
-    classifiers: Mapping[str, Classifier] = types.MappingProxyType({}),
+    classifiers: Mapping[str, Classifier | Reconstructor] = types.MappingProxyType({}),
     reference_images: np.ndarray | None = None,
 ) -> OneClass:
     """Fit the statistics on one set of own images and their tail probabilities on another.
@@ -382,11 +385,14 @@ def statistics(
     return np.concatenate(columns, axis=1)
 
 
-def odds(network: Classifier, rows: np.ndarray | FeatureRows) -> np.ndarray:
-    """Odds `[n]`, float32, that images only look like ours: a positive statistic of a network.
+def odds(network: Classifier | Reconstructor, rows: np.ndarray | FeatureRows) -> np.ndarray:
+    """The statistic of a network, `[n]` float32, positive: odds that images only look like ours, or
+    of a `reconstruction` its error.
 
-    Args, errors: as for `classifier.logits`.
+    Args, errors: as for `classifier.logits`, `reconstruction.errors`.
     """
+    if isinstance(network, Reconstructor):
+        return reconstruction.errors(network, cast(np.ndarray, rows)).astype(np.float32)
     found = classifier.logits(network, rows)
     return np.exp(np.clip(found, -_LARGEST_LOGIT, _LARGEST_LOGIT)).astype(np.float32)
 
