@@ -214,7 +214,9 @@ def statistics(surrogate: Surrogate, levels: jax.Array, *, rounded: bool = True)
     values = one_class._statistics_of_one(model, z, quantiles)
     found = list(jnp.log(jnp.maximum(values, jnp.finfo(jnp.float32).tiny)))
     networks = [
-        model.classifiers[name] for name in one_class.CLASSIFIERS if name in model.classifiers
+        cast(Classifier, model.classifiers[name])
+        for name in one_class.CLASSIFIERS
+        if name in model.classifiers
     ]
     for network in networks:
         if network.reads == "activations":

@@ -133,7 +133,7 @@ class OneClass:
     moments: Gaussian
     quantiles: Gaussian
     reference: jax.Array
-    classifiers: dict[str, Classifier]
+    classifiers: dict[str, Classifier | Reconstructor]
     input_shape: tuple[int, int, int] = struct.field(pytree_node=False)
     config: OneClassConfig = struct.field(pytree_node=False)
 

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +221,8 @@ def _errors(model: Reconstructor, images: jax.Array) -> jax.Array:
     network = _network(model.input_shape, model.config)
     factor = _seen_shape(model.input_shape)[1]
     images = _cells(images, factor, factor)
-    residual = 127.5 * (images - network.apply(model.variables, images, train=False))
+    drawn = cast(jax.Array, network.apply(model.variables, images, train=False))
+    residual = 127.5 * (images - drawn)
     cell = [-(-side // _GRID) for side in network.shape[:2]]
     return jnp.mean(jnp.square(_cells(residual, *cell)), axis=(1, 2, 3))
 
