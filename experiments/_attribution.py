@@ -41,6 +41,7 @@ from flipad_jax.detection.attributor import AttributorConfig
 from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
 from flipad_jax.detection.latent_inversion import LatentInversionConfig
+from flipad_jax.detection.reconstruction import ReconstructionConfig
 from flipad_jax.detection.regeneration import RegenerationConfig
 from flipad_jax.generators import impostors, sampling
 from flipad_jax.generators.sampling import TrainedGenerator
@@ -152,6 +153,11 @@ class Settings(Sources):
         "Training steps on altered copies, and as many on impostors.",
         lower_bound=1,
     )
+    reconstruction_steps: int = setting(
+        ReconstructionConfig.num_steps,
+        "Training steps of the network that draws own images again, where images were processed.",
+        lower_bound=0,
+    )
     inversion_images: int = setting(
         24, "SM-Inv: images of every source, and own ones that calibrate.", lower_bound=8
     )
@@ -196,6 +202,7 @@ SMOKE: dict[str, Any] = {
     "num_impostors": 128,
     "num_altered": 128,
     "classifier_steps": 10,
+    "reconstruction_steps": 5,
     "inversion_images": 8,
     "inversion_steps": 10,
     "inversion_restarts": 2,
@@ -225,6 +232,7 @@ PAPER: dict[str, Any] = {
     "num_impostors": 20_480,
     "num_altered": 20_480,
     "classifier_steps": 1800,
+    "reconstruction_steps": 8000,
     "inversion_images": 1000,
     "inversion_steps": 1000,
     "inversion_restarts": 10,
@@ -365,6 +373,7 @@ def _attributor_config(
         )
     return AttributorConfig(
         classifier=ClassifierConfig(num_steps=settings.classifier_steps),
+        reconstruction=ReconstructionConfig(num_steps=settings.reconstruction_steps),
         num_altered=settings.num_altered,
         **common,
     )
@@ -620,6 +629,7 @@ def plan(
     num_cells: int,
     *,
     num_fits: int | None = None,
+    immunized: bool = False,
     ours: tuple[str, ...] = (),
 ) -> list[_plan.Stage]:
     """Stages for `--plan`: generators of all families and seeds, then the cells.
@@ -629,6 +639,7 @@ def plan(
       num_sources: test sets that a cell is asked about, own ones among them.
       num_cells: cells of each method and family.
       num_fits: how many of them fit a detector, where others take that of an earlier cell.
+      immunized: whether what is learned from was processed.
       ours: families that have cells; () for all.
     """
     images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
@@ -681,6 +692,11 @@ def plan(
                 for lookalikes, reads in learned:
                     steps = ClassifierConfig(num_steps=settings.classifier_steps)
                     step = _plan.classifier_training(shapes[reads], steps, lookalikes, reads=reads)
+                    name = f"{shown}, {step.name}"
+                    cells.append(step._replace(name=name, calls=step.calls * num_fits))
+                if immunized and settings.reconstruction_steps:
+                    drawn = ReconstructionConfig(num_steps=settings.reconstruction_steps)
+                    step = _plan.reconstruction_training(generator.image_shape, drawn)
                     name = f"{shown}, {step.name}"
                     cells.append(step._replace(name=name, calls=step.calls * num_fits))
             elif method == "sm_inv_l2":

@@ -34,9 +34,17 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from flipad_jax import data
-from flipad_jax.detection import classifier, deepsad, one_class, regeneration, validity
+from flipad_jax.detection import (
+    classifier,
+    deepsad,
+    one_class,
+    reconstruction,
+    regeneration,
+    validity,
+)
 from flipad_jax.detection.classifier import Classifier, ClassifierConfig
 from flipad_jax.detection.deepsad import DeepSADConfig
+from flipad_jax.detection.reconstruction import ReconstructionConfig
 from flipad_jax.detection.regeneration import RegenerationConfig
 from flipad_jax.generators import impostors, sampling, training
 from flipad_jax.generators.sampling import TrainedGenerator
@@ -65,6 +73,7 @@ __all__ = [
     "lower_bound",
     "mean_activation",
     "principal_directions",
+    "reconstruction_training",
     "regeneration_search",
     "report",
     "share",
@@ -592,6 +601,34 @@ def classifier_training(
             _floats(batch, h, w, c),
             _floats(batch),
         ),
+        calls=config.num_steps,
+        num_parameters=_num_elements(variables["params"]),
+    )
+
+
+def reconstruction_training(
+    image_shape: tuple[int, int, int], config: ReconstructionConfig
+) -> Stage:
+    """`reconstruction.fit` on images of a shape: one call is one step, as of
+    `classifier_training`."""
+    network = reconstruction._network(image_shape, config)
+    init = functools.partial(network.init, train=False)
+    variables = jax.eval_shape(init, _rng(), _floats(1, *network.shape))
+
+    def step(variables, images, wanted):
+        def loss(params):
+            found, _ = network.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean(jnp.square(found - wanted))
+
+        return jax.grad(loss)(variables["params"])
+
+    batch = _floats(config.batch_size, *network.shape)
+    return Stage(
+        "network that draws own images again: training step",
+        step,
+        (variables, batch, batch),
         calls=config.num_steps,
         num_parameters=_num_elements(variables["params"]),
     )

@@ -33,6 +33,7 @@ from flipad_jax.detection import bundle, calibration
 from flipad_jax.detection.attributor import DETECTORS, AttributorConfig
 from flipad_jax.detection.classifier import ClassifierConfig
 from flipad_jax.detection.deepsad import ENCODER_WIDTHS, DeepSADConfig
+from flipad_jax.detection.reconstruction import ReconstructionConfig
 from flipad_jax.generators import interop
 from flipad_jax.inversion import lasso
 
@@ -95,6 +96,11 @@ class Config:
         "Training steps on altered copies, and as many on impostors.",
         lower_bound=1,
     )
+    reconstruction_steps: int = setting(
+        _DEFAULTS.reconstruction.num_steps,
+        "With --immunize: training steps of a network that draws own images again; 0: none.",
+        lower_bound=0,
+    )
     immunize: str = setting(
         "none",
         "What happened to the images that will be judged: jpeg-80, noise-0.05, any, ...; own "
@@ -107,7 +113,13 @@ class Config:
 
 
 PRESETS = {
-    "smoke": {"epochs": 1, "widths": (8, 8), "num_altered": 64, "classifier_steps": 5},
+    "smoke": {
+        "epochs": 1,
+        "widths": (8, 8),
+        "num_altered": 64,
+        "classifier_steps": 5,
+        "reconstruction_steps": 5,
+    },
     "demo": {"epochs": 6, "widths": (32, 64, 32)},
     "paper": {"tol": 1e-2, "max_iters": 10_000, "method": "primal_dual"},
 }
@@ -132,6 +144,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         max_iters=config.max_iters,
         method=config.method,
         classifier=ClassifierConfig(num_steps=config.classifier_steps),
+        reconstruction=ReconstructionConfig(num_steps=config.reconstruction_steps),
         num_altered=config.num_altered,
         immunize=config.immunize,
         deepsad=DeepSADConfig(widths=config.widths, epochs=config.epochs),

@@ -199,5 +199,6 @@ def plan(config: Config) -> list[_plan.Stage]:
         # Of images processed alike each cell learns anew; else one detector serves all columns.
         num_fits=len(config.seeds)
         * (len(config.perturbations) if config.immunize == "same" else 1),
+        immunized=config.immunize != "none",
         ours=_ours(config),
     )

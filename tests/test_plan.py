@@ -1,5 +1,6 @@
 """What --plan counts, against hand counts and against what the library really calls."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from experiments import _config, _plan, demo, train_generator
+from experiments import _config, _plan, demo, perturbed_samples, train_generator
 from flipad_jax import data
 from flipad_jax.detection import deepsad
 from flipad_jax.detection.deepsad import DeepSADConfig
@@ -285,6 +286,23 @@ def test_every_preset_has_a_plan_of_real_calls(module, preset):
         # Refused if the function does not take these arguments; not compiled.
         function = stage.function if hasattr(stage.function, "trace") else jax.jit(stage.function)
         function.trace(*stage.arguments, **stage.static)
+
+
+@pytest.mark.parametrize("immunize, fits", [("same", 8), ("any", 1), ("none", 1)])
+def test_a_detector_that_serves_all_columns_is_fitted_once(immunize, fits):
+    changes = {"methods": ("one_class",), "seeds": (0,), "families": ("dcgan",)}
+    config = _config.make_config(perturbed_samples, "demo")
+    config = dataclasses.replace(config, immunize=immunize, ours=(), **changes)
+    stages = {stage.name: stage for stage in perturbed_samples.plan(config)}
+    learned = "DCGAN, one-class, network that learns images of altered copies: training step"
+    assert stages[learned].calls == 900 * fits
+    drawn = "DCGAN, one-class, network that draws own images again: training step"
+    if immunize == "none":
+        assert drawn not in stages
+    else:
+        assert stages[drawn].calls == 2000 * fits
+        stage = stages[drawn]
+        jax.jit(stage.function).trace(*stage.arguments)
 
 
 def test_the_demo_that_trains_anew_plans_for_it():
