@@ -157,6 +157,10 @@ def test_no_gradient_is_promised_where_there_is_none(fitted):
     changed = dataclasses.replace(fitted.config, tol=1e-2)
     with pytest.raises(ValueError, match="tol=0.01"):
         _surrogate.make(dataclasses.replace(fitted, config=changed))
+    drawn = {**fitted.detector.classifiers, "reconstruction": None}
+    immunised = dataclasses.replace(fitted.detector, classifiers=drawn)
+    with pytest.raises(ValueError, match="untouched images"):
+        _surrogate.make(dataclasses.replace(fitted, detector=immunised))
 
 
 def test_baselines_are_as_large_as_the_change():
