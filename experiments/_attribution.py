@@ -25,7 +25,15 @@ from experiments import _generators, _plan
 from experiments._config import Run, check_once, setting
 from experiments._generators import FAMILY_NAMES
 from experiments._record import write_atomically
-from flipad_jax import __version__, conventions, data, inception, metrics, perturbations
+from flipad_jax import (
+    __version__,
+    conventions,
+    data,
+    inception,
+    metrics,
+    parallel,
+    perturbations,
+)
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import (
     bundle,
@@ -291,6 +299,11 @@ def check(settings: Settings) -> None:
             f"--num_many={settings.num_many}: two parts of "
             f"{settings.num_calibration} are for reference and calibration, and 64 at least to fit"
         )
+    if "one_class" in settings.methods and settings.num_own < settings.num_calibration + 64:
+        raise ValueError(
+            f"--num_own={settings.num_own}: as many as --num_calibration="
+            f"{settings.num_calibration} of them are for reference, and 64 at least to fit"
+        )
     searches = {"sm_inv": "inversion_images", "regeneration": "regeneration_images"}
     for method, name in searches.items():
         asked = any(row.startswith(method) for row in settings.methods)
@@ -444,6 +457,9 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     fitted = _reused(path, question, made_by)
     if fitted is None and settings.reuse:
         fitted = _reused(Path(settings.reuse) / "attributors" / name, question, made_by)
+    # Other processes may have other folders. All fit, or none does: they fit together.
+    if parallel.anywhere(fitted is None):
+        fitted = None
     kept = question.record.kept(question.name)
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
@@ -483,8 +499,13 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     num_unconverged += settings.num_calibration - len(fitted.calibration_scores)
     if num_unconverged:
         question.record.warn(
-            f"{question.name}: {num_unconverged} images are not decided: their inversion did not "
-            f"reach tol {settings.tol:g} in {settings.max_iters} iterations"
+            f"{question.name}: {num_unconverged} images are not decided: "
+            + (
+                f"their inversion did not reach tol {settings.tol:g} in {settings.max_iters} "
+                "iterations"
+                if settings.tol
+                else "their inversion or their score is not finite"
+            )
         )
     return {
         "calibration": fitted.calibration_scores,
@@ -629,7 +650,7 @@ def plan(
     num_cells: int,
     *,
     num_fits: int | None = None,
-    immunized: bool = False,
+    num_drawn: int = 0,
     ours: tuple[str, ...] = (),
 ) -> list[_plan.Stage]:
     """Stages for `--plan`: generators of all families and seeds, then the cells.
@@ -639,7 +660,7 @@ def plan(
       num_sources: test sets that a cell is asked about, own ones among them.
       num_cells: cells of each method and family.
       num_fits: how many of them fit a detector, where others take that of an earlier cell.
-      immunized: whether what is learned from was processed.
+      num_drawn: how many fit to images that were processed, and learn to draw own ones again.
       ours: families that have cells; () for all.
     """
     images = _plan.training_images(settings.dataset, settings.image_size, settings.num_gan_images)
@@ -681,8 +702,9 @@ def plan(
                 learned = [("altered copies", reads) for reads in shapes if settings.num_altered]
                 count = num_supervised if method == "one_class" else settings.num_many
                 config = _attributor_config(method, settings, count)
-                taught = bool(learned) or method == "one_class_impostors"
-                learned_from = sum(attribution.own_parts(config, count, taught=taught))
+                with_impostors = method == "one_class_impostors"
+                parts = attribution.own_parts(config, count, with_impostors=with_impostors)
+                learned_from = sum(parts)
                 learned_from += attribution.num_altered_inverted(layer, config)
                 inverted += learned_from * num_fits + num_tests
                 if method == "one_class_impostors":
@@ -694,11 +716,11 @@ def plan(
                     step = _plan.classifier_training(shapes[reads], steps, lookalikes, reads=reads)
                     name = f"{shown}, {step.name}"
                     cells.append(step._replace(name=name, calls=step.calls * num_fits))
-                if immunized and settings.reconstruction_steps:
+                if num_drawn and settings.reconstruction_steps:
                     drawn = ReconstructionConfig(num_steps=settings.reconstruction_steps)
                     step = _plan.reconstruction_training(generator.image_shape, drawn)
                     name = f"{shown}, {step.name}"
-                    cells.append(step._replace(name=name, calls=step.calls * num_fits))
+                    cells.append(step._replace(name=name, calls=step.calls * num_drawn))
             elif method == "sm_inv_l2":
                 cells.append(
                     _plan.latent_search(

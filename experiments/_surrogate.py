@@ -127,8 +127,8 @@ def make(attributor: Attributor) -> Surrogate:
         )
     if "reconstruction" in model.classifiers:
         raise ValueError(
-            "a gradient is known for attributors of untouched images, not for one that was "
-            f"immunised ({config.immunize})"
+            "no gradient is known through a network that draws own images again, as an attributor "
+            f"has that was immunised ({config.immunize})"
         )
     # From the library's own functions, so that a change there changes this.
     size = math.prod(attributor.image_shape)

@@ -579,7 +579,9 @@ def plan(config: Config) -> list[_plan.Stage]:
             shapes = {"images": ours.image_shape, "activations": layer.operator.input_shape}
             learned = [("altered copies", reads) for reads in shapes if config.num_altered]
             learned += [("impostors", "images")] * bool(config.num_impostors)
-            parts = attribution.own_parts(settings, num_own, taught=bool(learned))
+            parts = attribution.own_parts(
+                settings, num_own, with_impostors=config.num_impostors > 0
+            )
             networks += [
                 _plan.classifier_training(shapes[reads], settings.classifier, images, reads=reads)
                 for images, reads in learned

@@ -205,7 +205,8 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         record.warn(_too_few(found))
     rivals = {}
     if real is not None and config.detector != "deepsad":
-        treatment = jax.random.fold_in(jax.random.key(config.seed), 1)
+        # Not 0 to 5: `attribution.fit` has these, two of them by `split`.
+        treatment = jax.random.fold_in(jax.random.key(config.seed), 100)
         shown = perturbations.apply(config.immunize, real, treatment)
         scored = attribution.score_with_info(attributor, shown)
         rivals["real"] = np.where(scored.converged, scored.score, np.nan)
@@ -299,10 +300,12 @@ def _too_few(found: dict[str, Any]) -> str:
 
 
 def _unconverged(config: Config, max_iters: int, count: int, what: str) -> str:
-    return (
-        f"{count} {what} are left out or not decided: their inversion did not reach --tol="
-        f"{config.tol:g} in {max_iters} iterations"
+    why = (
+        f"their inversion did not reach --tol={config.tol:g} in {max_iters} iterations"
+        if config.tol
+        else "their inversion or their score is not finite"
     )
+    return f"{count} {what} are left out or not decided: {why}"
 
 
 def _write_page(config, record, found, attributor, own, real, rivals) -> None:

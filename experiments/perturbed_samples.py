@@ -190,6 +190,13 @@ def summary(metrics: dict[str, Any]) -> str:
     return _tables.text_table("accuracy, %", _all_columns(metrics["cells"], "mean_accuracy"))
 
 
+def _num_immunized(config: Config) -> int:
+    """Of how many columns a detector is fitted to images that were processed."""
+    if config.immunize == "same":
+        return sum(name != "none" for name in config.perturbations)
+    return int(config.immunize == "any")
+
+
 def plan(config: Config) -> list[_plan.Stage]:
     """Stages for `--plan`; samples, figures and perturbations are left out."""
     return _attribution.plan(
@@ -199,6 +206,6 @@ def plan(config: Config) -> list[_plan.Stage]:
         # Of images processed alike each cell learns anew; else one detector serves all columns.
         num_fits=len(config.seeds)
         * (len(config.perturbations) if config.immunize == "same" else 1),
-        immunized=config.immunize != "none",
+        num_drawn=len(config.seeds) * _num_immunized(config),
         ours=_ours(config),
     )

@@ -79,6 +79,12 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     """All models, sources and kinds of processing."""
     check_once(config, "models", "sources", "processing")
     kinds = {name: _regeneration.kind_of(name) for name in config.processing}
+    grey = np.zeros((1, 32, 32, 1), np.uint8)
+    for name in kinds:  # Refuses a strength before anything is trained or searched.
+        try:
+            _regeneration.processed(name, grey, jax.random.key(0))
+        except ValueError as error:
+            raise ValueError(f"--processing={name}: {error}") from error
     names = [Path(name).stem for name in config.models]
     if len(set(names)) < len(names):
         raise ValueError(f"--models: two are called alike: {', '.join(names)}")

@@ -159,7 +159,7 @@ def test_no_gradient_is_promised_where_there_is_none(fitted):
         _surrogate.make(dataclasses.replace(fitted, config=changed))
     drawn = {**fitted.detector.classifiers, "reconstruction": None}
     immunised = dataclasses.replace(fitted.detector, classifiers=drawn)
-    with pytest.raises(ValueError, match="untouched images"):
+    with pytest.raises(ValueError, match="no gradient is known"):
         _surrogate.make(dataclasses.replace(fitted, detector=immunised))
 
 

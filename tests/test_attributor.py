@@ -316,6 +316,24 @@ def test_too_few_images_are_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(validity, "fit", lambda *_: pytest.fail("computed"))
     with pytest.raises(ValueError, match="199"):
         flipad_jax.fit(LAYER, Z_BAR, OWN[:60], rng=jax.random.key(0))
+    config = AttributorConfig(calibration_share=0.49)
+    with pytest.raises(ValueError, match="leave 4 to fit, expected 30"):
+        flipad_jax.fit(LAYER, Z_BAR, OWN[:200], rng=jax.random.key(0), config=config)
+
+
+def test_images_are_judged_as_8_bits_whatever_they_came_as(fitted):
+    draw = np.random.default_rng(0)
+    levels = np.clip(OWN[:40] + draw.uniform(-0.4, 0.4, OWN[:40].shape), 0, 255)
+    floats = (levels / 127.5 - 1).astype(np.float32)
+    np.testing.assert_array_equal(
+        flipad_jax.score(fitted, floats), flipad_jax.score(fitted, OWN[:40])
+    )
+    config = AttributorConfig(**QUICK)
+    rounded, same = (
+        flipad_jax.fit(LAYER, Z_BAR, own, rng=jax.random.key(0), config=config)
+        for own in (OWN[:200], (OWN[:200] / 127.5 - 1).astype(np.float32))
+    )
+    np.testing.assert_array_equal(rounded.calibration_scores, same.calibration_scores)
 
 
 def test_few_images_say_what_they_certify_and_go_on(caplog):

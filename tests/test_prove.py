@@ -223,7 +223,16 @@ def test_processing_is_named_as_perturbations_are_and_may_have_a_strength(tmp_pa
     ):
         assert _regeneration.kind_of(name) == kind
         np.testing.assert_array_equal(_regeneration.processed(name, images, rng), done)
-    for name in ("none-1", "jpeg-", "resize-0.5", "brightness-3", "brightness-x", "blur-0.5"):
+    for name in (
+        "none-1",
+        "jpeg-",
+        "resize-0.5",
+        "brightness-3",
+        "brightness-x",
+        "blur-0.5",
+        "blur-4",
+        "jpeg-0",
+    ):
         flags = ("--experiment=regeneration_study", f"--processing={name}")
         assert _config.main(["run.py", *flags, f"--workdir={tmp_path / 'run'}"]) == 2
         assert name in capsys.readouterr().err

@@ -7,9 +7,10 @@ import pytest
 
 import flipad_jax
 from flipad_jax import AttributorConfig, data, linops, metrics, perturbations
-from flipad_jax.detection import reconstruction
+from flipad_jax.detection import one_class, reconstruction
 from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.detection.reconstruction import ReconstructionConfig
+from flipad_jax.inversion import final_layer
 from flipad_jax.inversion.final_layer import FinalLayer
 
 CONFIG = ReconstructionConfig(widths=(8, 16), code_dim=8, num_steps=300, batch_size=32)
@@ -98,7 +99,6 @@ def test_mistakes_are_refused(monkeypatch):
 
 
 def test_an_immunised_attributor_has_one_and_is_saved_with_it(tmp_path):
-    """Own images of waves, and upright ones, which neither statistics nor altered copies know."""
     kernel = np.ones((1, 1, 1, 1), np.float32)
     layer = FinalLayer(linops.conv(kernel, (16, 16, 1)), None, "tanh")
     own, others = waves(0, 800), waves(1, 100, horizontal=False)
@@ -114,6 +114,13 @@ def test_an_immunised_attributor_has_one_and_is_saved_with_it(tmp_path):
     shown = noisy(np.concatenate([waves(2, 100), others]), 9)
     accepted = flipad_jax.verdicts(fitted, shown, fnr=0.05).accepted
     assert accepted[:100].mean() > 0.85 and accepted[100:].mean() < 0.05
+    # It is the network's doing: its own column tells them, and weighs in the score.
+    column = reconstruction.errors(fitted.detector.classifiers["reconstruction"], shown)
+    assert metrics.auc(column[:100], column[100:]) > 0.99
+    assert fitted.detector.reference.shape == (4, 200)
+    z = np.asarray(final_layer.invert(layer, shown, z_bar, lam=5e-4, tol=0, max_iters=30)[0])
+    found = one_class.statistics(fitted.detector, z - z_bar, shown)
+    np.testing.assert_allclose(found[:, 3], column, rtol=1e-4)
     flipad_jax.save(fitted, tmp_path)
     loaded = flipad_jax.load(tmp_path)
     np.testing.assert_array_equal(flipad_jax.score(loaded, shown), flipad_jax.score(fitted, shown))

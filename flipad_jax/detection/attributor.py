@@ -69,6 +69,7 @@ __all__ = [
 
 DETECTORS = ("one_class", "deepsad")
 _USUAL_FNR = 0.005  # of the FLIPAD paper
+_FEWEST_FITTED = 30  # own images, as `one_class.fit` has it
 _PART = 2**26  # bytes of activations that are kept at a time
 _TRIED_ITERATIONS = (3, 10, 30, 100)
 _TRIED_ON = 800  # own images at most
@@ -407,8 +408,9 @@ def _profile(own: features.Moments) -> ActivationProfile:
     return ActivationProfile(own.mean, jnp.sqrt(variance + floor), int(own.num_samples))
 
 
-def _as_uint8(images: np.ndarray | jax.Array) -> np.ndarray:
-    images = np.asarray(images)
+def _eight_bits(images: Any) -> Any:
+    """Images as a file has them. Those that are fitted to and those that are judged must be alike:
+    what was rounded is told from what was not. Of uint8 a device array stays one."""
     return images if images.dtype == np.uint8 else data.to_uint8(images)
 
 
@@ -479,10 +481,13 @@ class OwnParts(NamedTuple):
     inverted: int
 
 
-def own_parts(config: AttributorConfig, num_generated: int, *, taught: bool) -> OwnParts:
-    """The parts of so many own images; `taught`: whether networks learn, which see all the rest."""
+def own_parts(
+    config: AttributorConfig, num_generated: int, *, with_impostors: bool = False
+) -> OwnParts:
+    """The parts of so many own images. Where networks learn they see all of the rest."""
     num_calibration = int(num_generated * config.calibration_share)
     rest = num_generated - 2 * num_calibration
+    taught = with_impostors or config.num_altered > 0 or config.draws
     inverted = min(rest, config.num_inverted) if taught else rest
     return OwnParts(num_calibration, num_calibration, inverted)
 
@@ -590,8 +595,9 @@ def fit(
       config: settings.
       progress: called with (what is being done, how much is done, of how much).
       kept: what an earlier call with the same arguments had done, which is not done again: inverted
-        images and epochs of DeepSAD. The result is the same. (Networks learn in a minute or
-        two, which is not kept.)
+        images and epochs of DeepSAD. The result is the same where training repeats itself to the
+        bit. (The one-class detector's networks learn anew, in a minute or two, in several where
+        images are immunised.)
     Returns:
       The attributor. Calibration images whose inversion missed its tolerance are left out of its
       `calibration_scores`; fnr below 1 / (their number + 1) cannot be certified with it.
@@ -621,9 +627,9 @@ def fit(
     parallel.check_same(
         "what is fitted, and to what,", config, generated, real, impostors, seed, *leaves
     )
-    generated = _as_uint8(generated)  # else what was rounded is told from what was not
-    real = None if real is None else _as_uint8(real)
-    impostors = None if impostors is None else _as_uint8(impostors)
+    generated = np.asarray(_eight_bits(generated))
+    real = None if real is None else np.asarray(_eight_bits(real))
+    impostors = None if impostors is None else np.asarray(_eight_bits(impostors))
     # Here, and not after hours of inversion: a batch must be one that processes can share.
     if config.detector == "deepsad":
         parallel.mesh(config.deepsad_config().batch_size)
@@ -631,7 +637,7 @@ def fit(
         parallel.mesh(2 * config.classifier.batch_size)
         num_others = [len(impostors)] if impostors is not None else []
         num_others += [config.num_altered] if config.num_altered else []
-        classifier.check_counts(len(generated), min(num_others))
+        classifier.check_counts(_FEWEST_FITTED, min(num_others))
     if config.draws:
         parallel.mesh(config.reconstruction.batch_size)
     split_rng, train_rng = jax.random.split(rng)
@@ -641,6 +647,13 @@ def fit(
         raise ValueError(
             f"{len(generated)} generated images leave {num_calibration} for calibration, "
             "expected 20 at least; fnr 0.005 takes 199"
+        )
+    num_fitted = len(generated) - 2 * num_calibration
+    if config.detector == "one_class" and num_fitted < _FEWEST_FITTED:
+        raise ValueError(
+            f"{len(generated)} generated images, of which {num_calibration} calibrate and as many "
+            f"are for reference, leave {num_fitted} to fit, expected {_FEWEST_FITTED} at least: "
+            f"lower calibration_share={config.calibration_share} or give more"
         )
     smallest = calibration.smallest_certifiable_fnr(num_calibration)
     if smallest > _USUAL_FNR:
@@ -678,8 +691,7 @@ def fit(
     profile = None
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        taught = impostors is not None or config.num_altered > 0
-        parts = own_parts(config, len(generated), taught=taught)
+        parts = own_parts(config, len(generated), with_impostors=impostors is not None)
         reference, fitting = rest[: parts.reference], rest[parts.reference :]
         inverted = fitting[: parts.inverted]
         chosen = generated[np.concatenate([reference, inverted])]
@@ -831,8 +843,7 @@ def kept_bytes(
         shape = jax.eval_shape(functools.partial(features.extract, chosen), raw).shape[1:]
         num_rows += num_real
     else:
-        taught = with_impostors or config.num_altered > 0
-        parts = own_parts(config, num_generated, taught=taught)
+        parts = own_parts(config, num_generated, with_impostors=with_impostors)
         num_rows = parts.reference + parts.inverted + num_altered_inverted(layer, config)
     return 4 * num_rows * math.prod(shape)
 
@@ -846,7 +857,7 @@ def score_with_info(
     """
     progress = progress or _no_progress
     config, detector = attributor.config, attributor.detector
-    images = data.check_images(images, shape=attributor.image_shape)
+    images = _eight_bits(data.check_images(images, shape=attributor.image_shape))
     total = len(images)
     columns: list[Scores] = [
         Scores(np.zeros(0), np.zeros(0), np.zeros(0, np.int32), np.zeros(0, bool))
@@ -929,7 +940,7 @@ def departures(attributor: Attributor, images: np.ndarray) -> Departures:
     profile, config = attributor.profile, attributor.config
     if profile is None:
         raise ValueError(f"this attributor reads {config.features}: it inverts no images")
-    images = data.check_images(images, shape=attributor.image_shape)
+    images = _eight_bits(data.check_images(images, shape=attributor.image_shape))
     shape = attributor.layer.operator.input_shape
     total = np.zeros(shape)
     maps = [np.zeros((0, *shape[:2]), np.float32)]
@@ -955,8 +966,8 @@ def score(attributor: Attributor, images: np.ndarray) -> np.ndarray:
 
     Args:
       attributor: from `fit` or `load`.
-      images: `[n, h, w, c]` uint8 or float32 in [-1, 1], of the attributor's `image_shape`; n may
-        be 0.
+      images: `[n, h, w, c]` uint8 or float32 in [-1, 1], which are rounded to 8 bits as in `fit`,
+        of the attributor's `image_shape`; n may be 0.
     Returns:
       `[n]` float64, higher = less likely ours; compare with `attributor.calibration_scores`. NaN
       where nothing could be computed.

@@ -231,6 +231,12 @@ def fit(
     unknown = sorted(set(classifiers) - set(CLASSIFIERS))
     if unknown:
         raise ValueError(f"classifiers {unknown}: expected some of {CLASSIFIERS}")
+    for name, network in classifiers.items():
+        kind = Reconstructor if name == "reconstruction" else Classifier
+        if not isinstance(network, kind):
+            raise ValueError(
+                f"classifier {name!r} is a {type(network).__name__}, expected {kind.__name__}"
+            )
     _check("activations", own)
     shape = tuple(own.shape[1:])
     _check("reference activations", reference, shape)
@@ -361,8 +367,8 @@ def statistics(
       images: the images behind `z`, uint8 or float32 in [-1, 1]; needed if the model has a
         classifier.
     Returns:
-      `[n, k]` float32: `STATISTICS`, then the odds of each classifier in the order of
-      `CLASSIFIERS`; a row is NaN if its activation is not finite.
+      `[n, k]` float32: `STATISTICS`, then `odds` of each network in the order of `CLASSIFIERS`; a
+      row is NaN if its activation is not finite.
     Raises:
       ValueError: for another shape than in `fit`, or images that are missing or not as many.
     """

@@ -19,6 +19,7 @@ __all__ = [
     "LAYERS",
     "LAYOUTS",
     "MISMATCH_BOUND",
+    "NAMES_LISTED",
     "LoadedLayer",
     "final_layer",
     "find_bias",
@@ -53,7 +54,7 @@ _CLEARLY_BETTER = 0.75  # times the other mismatch: the right orientation has at
 
 _MISMATCH_IMAGES = 1000
 _MISMATCH_PIXELS = 1024
-_NAMES_LISTED = 8  # in an error
+NAMES_LISTED = 8  # in an error
 
 
 class LoadedLayer(NamedTuple):
@@ -177,9 +178,9 @@ def _find_kernel(arrays: Mapping[str, np.ndarray], last_layer: str) -> str:
     modules = [_split_name(name)[0] for name in arrays]
     close = difflib.get_close_matches(last_layer, dict.fromkeys([*arrays, *modules]), n=3)
     listed = ", ".join(
-        f"{name} {list(array.shape)}" for name, array in list(arrays.items())[:_NAMES_LISTED]
+        f"{name} {list(array.shape)}" for name, array in list(arrays.items())[:NAMES_LISTED]
     )
-    more = len(arrays) - _NAMES_LISTED
+    more = len(arrays) - NAMES_LISTED
     raise ValueError(
         f"no array or layer {last_layer!r}"
         + (f"; did you mean {' or '.join(close)}?" if close else ";")

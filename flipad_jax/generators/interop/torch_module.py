@@ -19,7 +19,6 @@ from flipad_jax.inversion.final_layer import ACTIVATIONS, FinalLayer
 __all__ = ["from_torch"]
 
 _IMAGES_PER_IMPOSTOR = 128
-_NAMES_LISTED = 8  # in an error
 
 Progress = Callable[[str, int, int], None]
 
@@ -168,7 +167,9 @@ def _torch_last_layer(module: Any, name: str) -> Any:
     if not isinstance(last, kinds):
         candidates = [n for n, m in submodules.items() if isinstance(m, kinds)]
         found = "there is none of that name" if last is None else f"it is a {type(last).__name__}"
-        listed = ", ".join(f"{n!r}" for n in candidates[::-1][:_NAMES_LISTED]) or "none"
+        listed = (
+            ", ".join(f"{n!r}" for n in candidates[::-1][: layer_of_arrays.NAMES_LISTED]) or "none"
+        )
         raise ValueError(
             f"{name!r} is no ConvTranspose2d, Conv2d or Linear of the module ({found}); these are, "
             f"from the last on: {listed}"
