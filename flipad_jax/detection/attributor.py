@@ -635,9 +635,6 @@ def fit(
         parallel.mesh(config.deepsad_config().batch_size)
     elif impostors is not None or config.num_altered:
         parallel.mesh(2 * config.classifier.batch_size)
-        num_others = [len(impostors)] if impostors is not None else []
-        num_others += [config.num_altered] if config.num_altered else []
-        classifier.check_counts(_FEWEST_FITTED, min(num_others))
     if config.draws:
         parallel.mesh(config.reconstruction.batch_size)
     split_rng, train_rng = jax.random.split(rng)
@@ -655,6 +652,8 @@ def fit(
             f"are for reference, leave {num_fitted} to fit, expected {_FEWEST_FITTED} at least: "
             f"lower calibration_share={config.calibration_share} or give more"
         )
+    if impostors is not None:  # `num_altered` has its own bound.
+        classifier.check_counts(num_fitted, len(impostors))
     smallest = calibration.smallest_certifiable_fnr(num_calibration)
     if smallest > _USUAL_FNR:
         logging.warning(
