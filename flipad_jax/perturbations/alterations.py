@@ -1,4 +1,4 @@
-"""Copies of own images that our model would not have made, though nobody would see it.
+"""Copies of own images that our model would not have made, though one hardly sees it.
 
 Who holds own images alone knows what ours look like and not what else there is. A rival whose
 images look like ours leaves *other traces* in them, and so does whatever happens to an image after
@@ -6,7 +6,8 @@ it was made. `alter` makes such copies, each by one of seven alterations that ta
 
 *   JPEG of quality 80 to 98;
 *   normal noise of 0.5 to 6 grey levels;
-*   a shift by a fraction of a pixel, up to one, in both directions (bicubic);
+*   a shift by a fraction of a pixel, up to one, in both directions (bicubic; from half a pixel on
+    Pillow leaves the row or column that comes in from outside black);
 *   to 0.8 to 1.25 times the size and back (bicubic);
 *   contrast times 0.85 to 1.15, brightness plus up to 8 levels;
 *   mirrored, or turned by 90 degrees where the image is square;
@@ -15,7 +16,7 @@ it was made. `alter` makes such copies, each by one of seven alterations that ta
 The last two move nothing but the grid that a stride leaves behind. `detection.classifier` learns
 to tell own images from their altered copies, and tells images of others by the way.
 
-Chosen while looking at one DCGAN and one LSGAN, each on digits and on photographs. Leaving any one
+Chosen while a DCGAN or an LSGAN was ours, each on digits and on photographs. Leaving any one
 of them out changes little; without the mirrored ones other seeds are missed more often. What was
 tried beside them and left out is in WORKSPACE.md.
 """
