@@ -33,6 +33,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 __all__ = [
     "EXTENSIONS",
+    "FORMATS",
     "NAMES",
     "SPLITS",
     "DecodedFile",
@@ -49,11 +50,14 @@ __all__ = [
     "iter_images",
     "load",
     "load_labels",
+    "natural_order",
+    "one_line",
     "open_folder",
     "permutation",
     "read_images",
     "to_float",
     "to_uint8",
+    "why_unusable",
     "write_images",
 ]
 
@@ -61,7 +65,7 @@ NAMES = ("digits", "photos")
 SPLITS = ("train", "validation", "test")
 # The formats of these extensions, whatever a file is called, and the plain one of Netpbm. Pillow
 # knows more, and runs another program, Ghostscript, to draw some of them.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 # How many crops of the photographs a split has when no number is asked for; any number can be.
@@ -593,8 +597,8 @@ def find_images(path: str | os.PathLike) -> Found:
         ]
     if not names and not rejected:
         raise ValueError(f"no images found in {path!r} ({looked_for}, also in subfolders)")
-    rejected.sort(key=lambda row: _natural(row.path))
-    return Found(path, tuple(sorted(names, key=_natural)), tuple(rejected))
+    rejected.sort(key=lambda row: natural_order(row.path))
+    return Found(path, tuple(sorted(names, key=natural_order)), tuple(rejected))
 
 
 def read_images(
@@ -631,7 +635,7 @@ def read_images(
         else:
             images.append(image)
             paths.append(name)
-    rejected.sort(key=lambda row: _natural(row.path))
+    rejected.sort(key=lambda row: natural_order(row.path))
     stacked = np.stack(images) if images else np.zeros((0, *(image_shape or (0, 0, 0))), np.uint8)
     return Folder(stacked, tuple(paths), tuple(rejected))
 
@@ -806,7 +810,7 @@ def _load_folder(
     return np.stack(images)
 
 
-def _natural(name: str) -> tuple:
+def natural_order(name: str) -> tuple:
     """Sort key under which 2.png comes before 10.png, folder by folder."""
     parts = []
     for part in name.split("/"):
@@ -858,8 +862,8 @@ def _opened(source: str | bytes) -> Iterator[Image.Image]:
             if not header:
                 raise _Unusable("empty file")
             file.seek(0)
-            with Image.open(file, formats=_FORMATS) as image:
-                reason = _why_unusable(image, header)
+            with Image.open(file, formats=FORMATS) as image:
+                reason = why_unusable(image, header)
                 if reason:
                     raise _Unusable(reason)
                 yield image
@@ -868,19 +872,24 @@ def _opened(source: str | bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise _Unusable("not an image: no known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _Unusable(
-            f"too large, refused as a decompression bomb: {_one_line(error)}"
-        ) from error
+        raise _Unusable(f"too large, refused as a decompression bomb: {one_line(error)}") from error
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise _Unusable(f"cannot be decoded: {_one_line(error)}") from error
+        raise _Unusable(f"cannot be decoded: {one_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, as part of the reason why a file is left out."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
-def _why_unusable(image: Image.Image, header: bytes) -> str | None:
+def why_unusable(image: Image.Image, header: bytes) -> str | None:
+    """Why the pixels of a file cannot be had unchanged; None if they can.
+
+    Args:
+      image: as Pillow opened it, of one of `FORMATS`.
+      header: the file's first 26 bytes.
+    """
     if getattr(image, "n_frames", 1) > 1:
         return f"holds {getattr(image, 'n_frames')} pictures (animation or pages), one is expected"
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):

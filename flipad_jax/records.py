@@ -99,7 +99,7 @@ def open_source(
             what = f"matches {others[0]}, which is none" if others else "matches no file"
             raise ValueError(f"{path!r}: expected a pattern for .array_record files; it {what}")
         source = _whole_files(found, feature)
-    elif not tfds_images._NAME.fullmatch(path.partition("@")[0]):
+    elif not tfds_images.NAME.fullmatch(path.partition("@")[0]):
         raise ValueError(
             f"{path!r} is neither there, nor a name of TensorFlow Datasets; expected a folder of "
             "images, ArrayRecord files, or such a name"
@@ -249,7 +249,7 @@ class _ArrayRecords:
 
 
 def _whole_files(paths: list[str], feature: str) -> _ArrayRecords:
-    paths = sorted(paths, key=data._natural)
+    paths = sorted(paths, key=data.natural_order)
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     parts = []
     for path in paths:
@@ -265,8 +265,8 @@ def _open_tfds(name: str, data_dir: str, split: str, feature: str) -> _ArrayReco
         raise ValueError(
             f"{name}: pixels are scored as they are stored; leave out the crop after @"
         )
-    builder = tfds_images._prepared(name, data_dir or None)
-    feature = feature or tfds_images._image_feature(name, builder)[0]
+    builder = tfds_images.prepared(name, data_dir or None)
+    feature = feature or tfds_images.image_feature(name, builder)[0]
     known = ", ".join(sorted(builder.info.splits))
     if not split:
         raise ValueError(f"{name} is a set of TensorFlow Datasets; give a split: {known}")
@@ -297,7 +297,7 @@ def _read_alone(reader: Any, path: str, number: int) -> tuple[bytes | None, str 
     try:
         return reader.read(number, number + 1)[0], None
     except RuntimeError as error:
-        text = data._one_line(error)
+        text = data.one_line(error)
         # Wrong bytes stay wrong. A disk or a network that fails is no matter of the record.
         if not text.startswith("Corrupted"):
             raise ValueError(f"{path} cannot be read any more: {text}") from error

@@ -36,9 +36,20 @@ from PIL import Image, UnidentifiedImageError
 
 from flipad_jax import data
 
-__all__ = ["Split", "decode", "load", "open_split", "read"]
+__all__ = [
+    "NAME",
+    "Split",
+    "decode",
+    "image_feature",
+    "image_of_example",
+    "load",
+    "open_split",
+    "prepared",
+    "read",
+]
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.=,-]+)?(:[0-9*]+\.[0-9*]+\.[0-9*]+)?(@[a-z]+)?")
+# What can be the name of a set.
+NAME = re.compile(r"[a-z][a-z0-9_]*(/[A-Za-z0-9_.=,-]+)?(:[0-9*]+\.[0-9*]+\.[0-9*]+)?(@[a-z]+)?")
 _BATCH = 64  # records read at a time
 # What NAME@CROP cuts out first: the size that images must have, and the box (left, top, right,
 # bottom), here that of the celeba_cropped of the progressive GANs that [P2] starts from.
@@ -143,11 +154,11 @@ def open_split(
     Raises:
       ValueError: as `load` does for what is not there or holds no images of ours.
     """
-    builder = _prepared(name, data_dir)
+    builder = prepared(name, data_dir)
     from tensorflow_datasets.core import decode as tfds_decode
 
     known, _, crop = name.partition("@")
-    feature, (height, width, channels) = _image_feature(name, builder)
+    feature, (height, width, channels) = image_feature(name, builder)
     box = None
     if crop:
         size, box = _BOXES[re.split("[/:]", known)[0], crop]
@@ -179,9 +190,13 @@ def open_split(
     )
 
 
-def _prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
-    """The set as it lies on disk, in ArrayRecord files."""
-    if not _NAME.fullmatch(name):
+def prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
+    """The set as it lies on disk, in ArrayRecord files: a builder of TFDS that only reads.
+
+    Raises:
+      ValueError: for a name that is unknown or not prepared there; the message says how to.
+    """
+    if not NAME.fullmatch(name):
         raise _unknown(name, [])
     name, _, crop = name.partition("@")
     if crop and (re.split("[/:]", name)[0], crop) not in _BOXES:
@@ -207,7 +222,7 @@ def _prepared(name: str, data_dir: str | os.PathLike | None) -> Any:
         ) from None
     except Exception as error:  # What damaged descriptions make TFDS stumble over is its guess.
         raise ValueError(
-            f"{name} in {where} cannot be read, prepare it once more: {data._one_line(error)}"
+            f"{name} in {where} cannot be read, prepare it once more: {data.one_line(error)}"
         ) from error
     formats = builder.info.available_file_formats()
     if file_adapters.FileFormat.ARRAY_RECORD not in formats:
@@ -253,8 +268,15 @@ def _unknown(name: str, known: list[str]) -> ValueError:
     )
 
 
-def _image_feature(name: str, builder: Any) -> tuple[str, tuple[int | None, int | None, int]]:
-    """Name and shape of the images; `None` for a side that differs from image to image."""
+def image_feature(name: str, builder: Any) -> tuple[str, tuple[int | None, int | None, int]]:
+    """Name and shape of the images; `None` for a side that differs from image to image.
+
+    Args:
+      name: of the set, for messages.
+      builder: from `prepared`.
+    Raises:
+      ValueError: if an example has no image or several, or images of another kind.
+    """
     from tensorflow_datasets.core import features as tfds_features
 
     features = builder.info.features
@@ -317,9 +339,9 @@ def read(split: Split, index: int) -> tuple[bytes | None, str | None]:
     except (RuntimeError, OSError) as error:
         # One chunk holds one record, so that the others are still to be had.
         if "chunk data hash mismatch" in str(error):
-            return None, f"damaged: {data._one_line(error)}"
+            return None, f"damaged: {data.one_line(error)}"
         raise ValueError(
-            f"{split.path} cannot be read, prepare it once more: {data._one_line(error)}"
+            f"{split.path} cannot be read, prepare it once more: {data.one_line(error)}"
         ) from error
 
 
@@ -378,8 +400,8 @@ def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
     if encoded is None:
         return None, missing
     try:
-        with Image.open(io.BytesIO(encoded), formats=data._FORMATS) as opened:
-            reason = data._why_unusable(opened, encoded[:26])
+        with Image.open(io.BytesIO(encoded), formats=data.FORMATS) as opened:
+            reason = data.why_unusable(opened, encoded[:26])
             if reason is None and channels == 1 and opened.mode not in ("1", "L"):
                 reason = "is in colour, expected grey"
             if reason is not None:
@@ -395,7 +417,7 @@ def decode(split: Split, record: bytes) -> tuple[np.ndarray | None, str | None]:
     except UnidentifiedImageError:
         return None, "not an image: no known format"
     except Exception as error:  # Decoders raise whatever a broken image makes them stumble over.
-        return None, f"cannot be decoded: {data._one_line(error)}"
+        return None, f"cannot be decoded: {data.one_line(error)}"
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 
 import flipad_jax
 from flipad_jax import AttributorConfig, data, linops, metrics, perturbations
-from flipad_jax.detection import one_class, reconstruction
+from flipad_jax.detection import networks, one_class, reconstruction
 from flipad_jax.detection.one_class import OneClassConfig
 from flipad_jax.detection.reconstruction import ReconstructionConfig
 from flipad_jax.inversion import final_layer
@@ -91,7 +91,7 @@ def test_mistakes_are_refused(monkeypatch):
         with pytest.raises(ValueError, match="ReconstructionConfig"):
             ReconstructionConfig(**options)
     monkeypatch.setattr(
-        reconstruction.optax, "apply_updates", lambda p, _: jax.tree.map(lambda x: x * jnp.nan, p)
+        networks.optax, "apply_updates", lambda p, _: jax.tree.map(lambda x: x * jnp.nan, p)
     )
     with pytest.raises(ValueError, match="not finite after 3 steps"):
         explodes = ReconstructionConfig(num_steps=3, batch_size=8)

@@ -24,7 +24,6 @@ of 8 up to 7 rows or columns at the end are not seen.
 """
 
 import dataclasses
-import functools
 from typing import Any, Callable, cast
 
 import jax
@@ -34,7 +33,8 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from flipad_jax import data, parallel
+from flipad_jax import data
+from flipad_jax.detection import networks
 from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.generators import layers
 
@@ -184,67 +184,38 @@ def fit(
     h, w, c = own.shape[1:]
     others = _checked(others, reads, (h, w, c))
     check_counts(len(own), len(others))
-    mesh = parallel.mesh(2 * config.batch_size)
-    shape = (h, w, c)
-    network = _network(shape, config)
-    optimizer = optax.adamw(
-        optax.cosine_onecycle_schedule(config.num_steps, config.learning_rate), weight_decay=1e-2
-    )
-    init_rng, batch_rng = jax.random.split(rng)
-    init = layers.jit_for_one_run(functools.partial(network.init, train=False))
-    seen, corners = _seen(shape), _corners(shape, _GRID)
+    seen, corners = _seen((h, w, c)), _corners((h, w, c), _GRID)
     offset, scale = (None, None) if reads == "images" else _channel_scale(own)
     # An empty stand-in: what a network is shown depends on what it reads.
-    model = Classifier({}, offset, scale, shape, config)
-    shown = jax.eval_shape(_shown, model, jax.ShapeDtypeStruct((1, *seen, shape[2]), jnp.float32))
-    variables = init(init_rng, jnp.zeros(shown.shape, jnp.float32))
-    opt_state = jax.jit(optimizer.init)(variables["params"])
-    variables, opt_state = parallel.replicate((variables, opt_state), mesh)
+    model = Classifier({}, offset, scale, (h, w, c), config)
+    shown = jax.eval_shape(_shown, model, jax.ShapeDtypeStruct((1, *seen, c), jnp.float32))
     labels = jnp.repeat(jnp.array([0.0, 1.0], jnp.float32), config.batch_size)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables, opt_state, images):
-        images = parallel.constrain(images, mesh)
+    def loss(predict, rows):
+        return optax.sigmoid_binary_cross_entropy(predict(_shown(model, rows)), labels).mean()
 
-        def loss(params):
-            found, updated = network.apply(
-                {**variables, "params": params},
-                _shown(model, images),
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return optax.sigmoid_binary_cross_entropy(found, labels).mean(), updated
-
-        grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        return parallel.constrain(({"params": params, **updated}, opt_state), mesh, axis=None)
-
-    # A host loop of one compiled step: kernel gradients inside a compiled loop are slow on a CPU.
-    mine = parallel.local_range(2 * config.batch_size)
-    seed = int(jax.random.randint(batch_rng, (), 0, np.iinfo(np.int32).max))
-    for index in range(config.num_steps):
-        draw = np.random.default_rng([seed, index])
+    def draw(generator):
         picked = [
             _squares(
-                images,
-                draw.integers(len(images), size=config.batch_size),
-                corners,
-                draw,
+                rows, generator.integers(len(rows), size=config.batch_size), corners, generator
             )
-            for images in (own, others)
+            for rows in (own, others)
         ]
-        batch = parallel.shard(np.concatenate(picked)[mine.start : mine.stop], mesh)
-        variables, opt_state = step(variables, opt_state, batch)
-        if progress is not None:
-            progress(index + 1)
-    variables = parallel.local(variables)
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)):
-        raise ValueError(
-            f"the network that reads {reads} ended with weights that are not finite after "
-            f"{config.num_steps} steps: lower learning_rate={config.learning_rate}, or look for "
-            "extreme values in what it learns from"
-        )
+        return (np.concatenate(picked),)
+
+    variables = networks.train(
+        rng,
+        _network((h, w, c), config),
+        shown.shape[1:],
+        loss,
+        draw,
+        num_rows=2 * config.batch_size,
+        num_steps=config.num_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=1e-2,
+        what=f"reads {reads}",
+        progress=progress,
+    )
     return dataclasses.replace(model, variables=variables)
 
 
@@ -319,19 +290,13 @@ def logits(
       ValueError: for other images.
     """
     images = _checked(images, model.reads, model.input_shape)
-    mesh = parallel.local_mesh(batch_size)
-    model = parallel.replicate(model, mesh)
-    rows = [np.zeros(0)]
     corners, (h, w) = _corners(model.input_shape, _SQUARE), _seen(model.input_shape)
-    for start in range(0, len(images), batch_size):
-        batch = data.to_float(images[start : start + batch_size])
-        count = len(batch)
-        batch = np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge")
+
+    def mean_over_squares(model, batch, put):
         found = [
-            np.asarray(
-                _logits(model, parallel.shard(batch[:, y : y + h, x : x + w], mesh)), np.float64
-            )
+            np.asarray(_logits(model, put(batch[:, y : y + h, x : x + w])), np.float64)
             for y, x in corners
         ]
-        rows.append(np.mean(found, axis=0)[:count])
-    return np.concatenate(rows)
+        return np.mean(found, axis=0)
+
+    return networks.ask(mean_over_squares, model, images, batch_size)

@@ -16,7 +16,6 @@ more than 64 pixels a side are averaged down first.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,11 +23,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from flax import struct
 
-from flipad_jax import data, parallel
+from flipad_jax import data
+from flipad_jax.detection import networks
 from flipad_jax.generators import layers
 
 __all__ = ["ReconstructionConfig", "Reconstructor", "errors", "fit"]
@@ -167,52 +166,30 @@ def fit(
             f"{len(own)} own images and {[len(images) for images in seen]} processed ones; "
             "expected 16 at least, and as many of the latter, once or several times"
         )
-    mesh = parallel.mesh(config.batch_size)
-    network = _network(shape, config)
-    optimizer = optax.adamw(
-        optax.cosine_onecycle_schedule(max(config.num_steps, 1), config.learning_rate),
-        weight_decay=1e-4,
-    )
-    init_rng, batch_rng = jax.random.split(rng)
-    init = layers.jit_for_one_run(functools.partial(network.init, train=False))
-    variables = init(init_rng, jnp.zeros((1, *network.shape), jnp.float32))
-    opt_state = jax.jit(optimizer.init)(variables["params"])
-    variables, opt_state = parallel.replicate((variables, opt_state), mesh)
-    factor = _seen_shape(shape)[1]
+    network, factor = _network(shape, config), _seen_shape(shape)[1]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(variables, opt_state, images, wanted):
-        images, wanted = parallel.constrain((images, wanted), mesh)
+    def loss(predict, images, wanted):
         images, wanted = (_cells(x, factor, factor) for x in (images, wanted))
+        return jnp.mean(jnp.square(predict(images) - wanted))
 
-        def loss(params):
-            found, updated = network.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            return jnp.mean(jnp.square(found - wanted)), updated
+    def draw(generator):
+        picked = generator.integers(len(own), size=config.batch_size)
+        shown = seen[int(generator.integers(len(seen)))]
+        return data.to_float(shown[picked]), data.to_float(own[picked])
 
-        grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, opt_state = optimizer.update(grads, opt_state, variables["params"])
-        params = optax.apply_updates(variables["params"], updates)
-        return parallel.constrain(({"params": params, **updated}, opt_state), mesh, axis=None)
-
-    # A host loop of one compiled step, as in `classifier.fit`.
-    mine = parallel.local_range(config.batch_size)
-    seed = int(jax.random.randint(batch_rng, (), 0, np.iinfo(np.int32).max))
-    for index in range(config.num_steps):
-        draw = np.random.default_rng([seed, index])
-        picked = draw.integers(len(own), size=config.batch_size)[mine.start : mine.stop]
-        shown = seen[int(draw.integers(len(seen)))]
-        batch = parallel.shard((data.to_float(shown[picked]), data.to_float(own[picked])), mesh)
-        variables, opt_state = step(variables, opt_state, *batch)
-        if progress is not None:
-            progress(index + 1)
-    variables = parallel.local(variables)
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables)):
-        raise ValueError(
-            "the network that draws own images again ended with weights that are not finite after "
-            f"{config.num_steps} steps: lower learning_rate={config.learning_rate}"
-        )
+    variables = networks.train(
+        rng,
+        network,
+        network.shape,
+        loss,
+        draw,
+        num_rows=config.batch_size,
+        num_steps=config.num_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=1e-4,
+        what="draws own images again",
+        progress=progress,
+    )
     return Reconstructor(variables, shape, config)
 
 
@@ -240,12 +217,6 @@ def errors(model: Reconstructor, images: np.ndarray, *, batch_size: int = 64) ->
       ValueError: for other images.
     """
     images = np.asarray(data.check_images(images, shape=model.input_shape))
-    mesh = parallel.local_mesh(batch_size)
-    model = parallel.replicate(model, mesh)
-    rows = [np.zeros(0)]
-    for start in range(0, len(images), batch_size):
-        batch = data.to_float(images[start : start + batch_size])
-        count = len(batch)
-        batch = np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge")
-        rows.append(np.asarray(_errors(model, parallel.shard(batch, mesh)), np.float64)[:count])
-    return np.concatenate(rows)
+    return networks.ask(
+        lambda model, batch, put: _errors(model, put(batch)), model, images, batch_size
+    )
