@@ -312,6 +312,12 @@ def check(settings: Settings) -> None:
                 f"--{name}={getattr(settings, name)}: there are --num_test={settings.num_test} "
                 "images of every source"
             )
+        before = max(settings.num_own + settings.num_calibration, settings.num_many)
+        if asked and getattr(settings, name) > before:  # Behind them are the test images.
+            raise ValueError(
+                f"--{name}={getattr(settings, name)}: there are {before} own images to calibrate, "
+                "the larger one of --num_many and --num_own + --num_calibration"
+            )
     if settings.perceptual == "inception" and not settings.inception_weights:
         raise ValueError("--perceptual=inception needs --inception_weights=FILE")
 
@@ -449,7 +455,10 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     if with_impostors or method == "one_class_many":
         count = settings.num_many
     config = _attributor_config(method, settings, count, question.treatment)
-    made_by = _made_by(question, config, count)
+    real = None
+    if config.detector == "deepsad":
+        real = real_images(settings, "train", settings.num_real)
+    made_by = _made_by(question, config, count, real)
     treated = "" if question.treatment == "none" else f"-{question.treatment}"
     name = f"{method}-{ours.name}{treated}"
     path = question.record.workdir / "attributors" / name
@@ -464,9 +473,7 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     start = time.monotonic()
     with question.record.parts(METHODS[method]) as progress:
         if fitted is None:
-            real = changed = None
-            if config.detector == "deepsad":
-                real = real_images(settings, "train", settings.num_real)
+            changed = None
             if with_impostors:
                 rng = jax.random.fold_in(jax.random.key(ours.seed), 5)
                 changed = impostors.generate(ours.generator, rng, settings.num_impostors)
@@ -514,7 +521,9 @@ def _score_attributor(question: _Question) -> dict[str, np.ndarray]:
     }
 
 
-def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[str, Any]:
+def _made_by(
+    question: _Question, config: AttributorConfig, count: int, real: np.ndarray | None
+) -> dict[str, Any]:
     """Everything that an attributor depends on but the code: equal facts, equal attributor."""
     settings, ours = question.settings, question.ours
     digest = hashlib.sha256(ours.z_bar.tobytes())
@@ -527,7 +536,7 @@ def _made_by(question: _Question, config: AttributorConfig, count: int) -> dict[
         "generator": digest.hexdigest(),
         "seed": ours.seed,
         "num_images": count,
-        "real": [settings.dataset, settings.data_seed, settings.image_size, settings.num_real],
+        "real": "" if real is None else hashlib.sha256(real.tobytes()).hexdigest(),
         "num_impostors": settings.num_impostors,
     }
 

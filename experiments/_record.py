@@ -295,17 +295,17 @@ class Run:
         `with record.parts("FLIPAD") as progress: fit(..., progress=progress)`.
         """
         bar: Progress | None = None
-        current, before = None, 0
+        current, before, all_done = None, 0, False
 
         def progress(part: str, done: int, total: int) -> None:
-            nonlocal bar, current, before
+            nonlocal bar, current, before, all_done
             # Work that starts over (the next set of images) is a part of its own.
-            if part != current or done < before:
+            if part != current or done < before or all_done:
                 close()
                 bar, current, before = self.progress(total, f"{what}: {part}"), part, 0
                 bar.__enter__()
             bar.update(done - before)
-            before = done
+            before, all_done = done, done >= total
 
         def close() -> None:
             if bar is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def search(
     name: str,
     search_rng: jax.Array,
     what: str,
+    names: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """`regeneration.regenerate` under a progress bar, its result as the arrays of a stage.
 
@@ -165,14 +166,17 @@ def search(
       name: one of `PROCESSINGS`.
       search_rng: of the starts.
       what: the progress bar's text.
+      names: of the images' random streams, as `regenerate` takes them.
     """
-    with record.progress(len(images), what) as bar:
-        done = 0
+    with record.parts(what) as report:
+        part, before = "searching", 0
 
-        def progress(decided, _):
-            nonlocal done
-            bar.update(decided - done)
-            done = decided
+        def progress(decided, total):
+            nonlocal part, before
+            if decided < before:
+                part = "with its codec"
+            before = decided
+            report(part, decided, total)
 
         result = regeneration.regenerate(
             generator,
@@ -181,6 +185,7 @@ def search(
             RegenerationConfig(num_starts=settings.num_starts, places=settings.places),
             bank=bank,
             processing=None if name == "none" else processing.get(name),
+            names=names,
             progress=progress,
         )
     return {**result._asdict(), "replayed": np.array(result.replayed, np.str_)}

@@ -100,6 +100,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             check_once(config, name)
     if len(config.seeds) < 2:
         raise ValueError("--seeds: give two at least, each is the other's rival")
+    if config.tol:
+        raise ValueError(
+            f"--tol={config.tol:g}: the study inverts by --max_iters alone; inversion_accuracy is "
+            "about what tol does"
+        )
     if not config.num_altered:
         raise ValueError("--num_altered=0: the study is about what altered copies teach")
     unknown = sorted(set(config.ours) - set(config.families))
@@ -342,7 +347,7 @@ def _summary(config, scores: Mapping[str, np.ndarray], groups: Mapping[str, str]
     own = scores["own"]
     accuracy = {name: metrics.pair_accuracy(own, scores[name], threshold) for name in groups}
     auc = {name: metrics.auc(own, scores[name]) for name in groups}
-    return _grouped(accuracy, auc, groups) | {"fnr": float(np.mean(own > threshold))}
+    return _grouped(accuracy, auc, groups) | {"fnr": float(np.mean(~(own <= threshold)))}
 
 
 def _grouped(accuracy, auc, groups: Mapping[str, str]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ crop, brightness. With --attributor, images that it calls not ours without a dou
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -85,11 +87,14 @@ class Config:
         lower_bound=0,
     )
     places: int = setting(
-        0, "Searches at once, for speed only; 0: one on a CPU, 16 elsewhere.", lower_bound=0
+        0, "Searches at once, for speed; 0: one on a CPU, 16 elsewhere.", lower_bound=0
     )
     attributor: str = setting("", "Folder of an attributor that looks first.")
     fnr: float = setting(
-        0.02, "Share of own images that may be called not ours.", lower_bound=0.0, upper_bound=1.0
+        0.02,
+        "Share of own images that may be called not ours; with --attributor by each of the two.",
+        lower_bound=0.0,
+        upper_bound=1.0,
     )
     foreign_rate: float = setting(
         1e-3, "Share of foreign images that may be called ours.", lower_bound=0.0, upper_bound=1.0
@@ -164,7 +169,10 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     generator, origin = _regeneration.load_generator(config.generator, config.convention)
     shape = regeneration.check_generator(generator)
     bank = _regeneration.make_bank(config, generator)
-    known = _known_images(config, record, generator, origin, shape)
+    num_unknowns = generator.latent_dim + max(
+        _regeneration.num_unknowns(kind) for kind in config.processing
+    )
+    known = _known_images(config, record, generator, origin, shape, num_unknowns)
     calibrations: dict[str, Calibration] = {}
     decoded, rejected = _decoded(config, record, generator, shape, found)
     suspects = []
@@ -189,8 +197,10 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     return metrics_found
 
 
-def _known_images(config, record, generator, origin, shape) -> tuple[np.ndarray, np.ndarray]:
-    """Own images of fresh latents, and foreign ones."""
+def _known_images(
+    config, record, generator, origin, shape, num_unknowns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Own images of fresh latents, and foreign ones that say enough about so many unknowns."""
     own = regeneration.make_bank(generator, _regeneration.rng(config, 1), config.num_own).images
     if own.min() >= 127:
         record.warn(
@@ -203,27 +213,51 @@ def _known_images(config, record, generator, origin, shape) -> tuple[np.ndarray,
             "--foreign is missing: a folder or data set of images that are certainly not ours"
         )
     if os.path.isdir(name) and not idx_images.is_folder(name):  # all of it, not its test split
-        foreign = data.read_images(name, image_shape=shape).images
-        foreign = foreign[data.permutation(len(foreign), config.seed)[: config.num_foreign]]
+        images: Iterable[np.ndarray] = _usable_images(name, shape, config.seed)
     else:
-        foreign = data.load(
+        loaded = data.load(
             name,
             split="test",
             image_size=shape[0],
-            num_images=config.num_foreign,
+            num_images=2 * config.num_foreign,  # some may say too little
             exact=False,
             seed=int(origin.get("data_seed", 0)),
             data_dir=config.data_dir or None,
         )
-    if foreign.shape[1:] != shape or not len(foreign):
-        raise UsageError(
-            f"--foreign={name} has images {foreign.shape[1:]}, the generator makes {shape}"
-            if len(foreign)
-            else f"--foreign={name} has no usable image {shape}"
+        if loaded.shape[1:] != shape:
+            raise UsageError(
+                f"--foreign={name} has images {loaded.shape[1:]}, the generator makes {shape}"
+            )
+        images = loaded
+    chosen, left_out = [], 0
+    for image in images:
+        equations = np.count_nonzero((image > 0) & (image < 255))
+        if proof.is_determined(np.asarray(equations), num_unknowns):
+            chosen.append(image)
+        else:
+            left_out += 1
+        if len(chosen) == config.num_foreign:
+            break
+    if left_out:
+        record.warn(
+            f"{left_out} images of --foreign={name} are passed over: too few pixels between black "
+            f"and white for {num_unknowns} unknowns"
         )
+    if not chosen:
+        raise UsageError(f"--foreign={name} has no usable image {shape}")
+    foreign = np.stack(chosen)
     if len(foreign) < config.num_foreign:
         record.warn(f"--foreign={name} has {len(foreign)} images, {config.num_foreign} were wanted")
     return own, foreign
+
+
+def _usable_images(folder: str, shape, seed: int) -> Iterator[np.ndarray]:
+    """Images of a folder in an order that the seed fixes, no more of them read than are taken."""
+    found = data.find_images(folder)
+    for place in data.permutation(len(found.paths), seed):
+        image, _ = data.decode_image(os.path.join(found.root, found.paths[place]), shape)
+        if image is not None:
+            yield image
 
 
 def _digest(generator: _regeneration.Generator, own: np.ndarray, foreign: np.ndarray) -> str:
@@ -255,9 +289,25 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
                 )
 
             results[which] = record.stage(f"{which}-{kind}-{digest}", compute, text=text)
-        foreign = [result for which, result in results.items() if which != "own"]
-        errors = np.min([result["rmse"] for result in foreign], axis=0).astype(float)
-        hit = int(np.any([result["proved"] for result in foreign], axis=0).sum())
+        size = generator.latent_dim + _regeneration.num_unknowns(kind)
+        # As of suspects, what became too plain to say anything counts as nothing.
+        says = {
+            which: proof.is_determined(result["equations"], size)
+            for which, result in results.items()
+        }
+        foreign = [
+            (np.where(says[which], result["rmse"], np.nan), says[which] & result["proved"])
+            for which, result in results.items()
+            if which != "own"
+        ]
+        said = np.any([says[which] for which in says if which != "own"], axis=0)
+        if not said.any() or not says["own"].any():
+            raise UsageError(
+                f"no {'foreign' if says['own'].any() else 'own'} image has enough pixels between "
+                f"black and white for {size} unknowns (search {kind})"
+            )
+        errors = np.nanmin([error[said] for error, _ in foreign], axis=0).astype(float)
+        hit = int(np.any([proved for _, proved in foreign], axis=0).sum())
         if hit or not np.isfinite(errors).all():
             raise UsageError(
                 f"{hit} of {len(errors)} foreign images are regenerated (search {kind}): --foreign "
@@ -269,13 +319,13 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
         if np.isnan(tail.edge):
             record.warn(
                 f"{len(errors)} foreign images are too few to bound how near others come (search "
-                f"{kind}): nothing is called ours; give a larger --num_foreign, above 10"
+                f"{kind}): nothing is called ours; give a larger --num_foreign, 80 at least"
             )
         found[kind] = Calibration(
-            results["own"]["rmse"].astype(float),
-            results["own"]["proved"],
+            results["own"]["rmse"][says["own"]].astype(float),
+            results["own"]["proved"][says["own"]],
             errors,
-            results["foreign"]["equations"],
+            results["foreign"]["equations"][said],
             tail,
         )
     return found
@@ -303,10 +353,14 @@ def _decoded(config, record, generator, shape, found):
 def _search_all(config, record, generator, bank, decoded, calibrations, judging, digest):
     """Every image under every search until it is proved. Copies of an image are searched once."""
     by_pixels = {sha: image for _, sha, image in decoded}
-    order = sorted(by_pixels)  # so that a new file moves no other into another block's randomness
+    # By the first digits, as many as make blocks of some `_BLOCK`: a new file changes its own block
+    # and no other, unless their number passes a power of 16.
+    digits = 0
+    while len(by_pixels) > _BLOCK * 16**digits:
+        digits += 1
     best: dict[str, Suspect] = {}
-    for start in range(0, len(order), _BLOCK):
-        block = order[start : start + _BLOCK]
+    for _, members in itertools.groupby(sorted(by_pixels), key=lambda sha: sha[:digits]):
+        block = list(members)
         best.update(
             _search_block(
                 config, record, generator, bank, block, by_pixels, calibrations, judging, digest
@@ -327,10 +381,12 @@ def _search_block(
         images = np.stack([by_pixels[sha] for sha in todo])
         text = f"{len(todo)} suspects" + (f", {kind}" if kind != "none" else "")
 
-        def compute(images=images, kind=kind, number=number, text=text):
-            search_rng = _regeneration.rng(config, 4, number, int(name[:7], 16))
+        def compute(images=images, kind=kind, number=number, text=text, todo=todo):
+            search_rng = _regeneration.rng(config, 4, number)
+            # What is found of an image does not depend on what lies beside it.
+            names = [int(sha[:8], 16) for sha in todo]
             return _regeneration.search(
-                config, record, generator, bank, images, kind, search_rng, text
+                config, record, generator, bank, images, kind, search_rng, text, names
             )
 
         result = record.stage(f"search-{kind}-{name}-{digest}", compute, text=text)
@@ -376,7 +432,7 @@ def _judged(
     elif not np.isfinite(result["rmse"][place]):
         words.append("no start made an image")
     elif verdict == "cannot_judge":
-        words.append("further away than own images, and not as far as foreign ones")
+        words.append(_why_undecided(result["rmse"][place], judged.p_value[0], known, judging))
     elif verdict == "proved" and kind == "none":
         p_value = proof.rounding_p_value(result["misfit"][place], result["equations"][place])
         words.append(f"that what is left is only rounding has p = {float(p_value):.2g}")
@@ -395,6 +451,17 @@ def _judged(
     )
     made, after = result["image"][place], result["processed"][place]
     return Suspect(row, image, made, after, latent, unknowns, replayed)
+
+
+def _why_undecided(error: float, p_value: float, known: Calibration, judging) -> str:
+    if p_value > judging.fnr and 1 / (len(known.own) + 1) > judging.fnr:
+        return f"{len(known.own)} own images are too few to call anything not ours"
+    if p_value > judging.fnr:
+        near = "too near to foreign images to be called ours"
+        if np.isnan(known.tail.edge):
+            near = "too few foreign images to call anything ours"
+        return f"no further away than own images, and {near}"
+    return "further away than own images, and not as far as foreign ones"
 
 
 def _looked_at_first(config, record, generator, shape, decoded):
@@ -421,12 +488,25 @@ def _looked_at_first(config, record, generator, shape, decoded):
     own = regeneration.make_bank(
         generator, _regeneration.rng(config, 6), max(100, config.num_own)
     ).images
-    share = float(refused_by(own)[0].mean())
-    if share > max(0.1, 5 * config.fnr):
-        raise UsageError(
-            f"--attributor={config.attributor} calls {share:.0%} of the generator's own images not "
-            "ours: it is another model's"
-        )
+    for number, kind in enumerate(config.processing):
+        treated = _regeneration.processed(kind, own, _regeneration.rng(config, 6, 1 + number))
+        count = int(refused_by(treated)[0].sum())
+        share, how = count / len(own), _regeneration.CALIBRATED_AT[kind]
+        if share > max(0.1, 5 * config.fnr):
+            raise UsageError(
+                f"--attributor={config.attributor} calls {share:.0%} of the generator's own images "
+                f"({how}) not ours: "
+                + (
+                    "it is another model's"
+                    if kind == "none"
+                    else "leave it out, or this --processing"
+                )
+            )
+        if metrics.clopper_pearson(count, len(own))[0] > config.fnr:
+            record.warn(
+                f"--attributor={config.attributor} calls {share:.0%} of own images ({how}) not "
+                f"ours, more than --fnr={config.fnr:g}: they are not searched for"
+            )
     left, refused = [], []
     size = attributor.config.batch_size
     with record.progress(len(decoded), f"attributing {len(decoded)} images") as bar:

@@ -199,8 +199,10 @@ def _described(config: Config, found, seconds, num_unknowns: int) -> dict[str, A
     # Siblings and strangers; copies of our own model that were changed are neither.
     foreign = [s for s in ("real", "other_seed") if s in found] or [s for s in found if s != "own"]
     every = np.concatenate([found[source]["rmse"] for source in foreign]).astype(float)
-    tail = proof.foreign_tail(every)
     counted = np.concatenate([found[source]["equations"] for source in foreign])
+    says = proof.is_determined(counted, num_unknowns) & np.isfinite(every) & (every > 0)
+    nothing = proof.ForeignTail(*[np.nan] * 5)
+    tail = proof.foreign_tail(every[says]) if says.any() else nothing
     proved = int(own["proved"].sum())
     return {
         "sources": by_source,
@@ -213,6 +215,7 @@ def _described(config: Config, found, seconds, num_unknowns: int) -> dict[str, A
         "threshold": threshold,
         "codimension": tail.codimension,
         "codimension_low": tail.codimension_low,
+        "foreign_too_plain": int((~says).sum()),
         "counted_codimension": float(np.median(proof.counted_codimension(counted, num_unknowns))),
         "rounding_refused": _share_below(
             proof.rounding_p_value(own["misfit"], own["equations"])[own["proved"]], 0.05

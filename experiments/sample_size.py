@@ -149,7 +149,7 @@ def _row(count: int, fnr: float, scored, names: list[str]) -> dict[str, Any]:
         ("quantile", calibration.threshold),
     ):
         thresholds = [choose(arrays["calibration"], fnr) for arrays in scored]
-        rejected = sum(int((a["own"] > t).sum()) for a, t in zip(scored, thresholds))
+        rejected = sum(int((~(a["own"] <= t)).sum()) for a, t in zip(scored, thresholds))
         asked = sum(len(arrays["own"]) for arrays in scored)
         accuracy = {
             source: [

@@ -961,3 +961,17 @@ def test_progress_is_a_bar_in_a_terminal_and_two_lines_elsewhere():
         with _record.Progress(2, "dividing", stream=broken):
             1 / 0
     assert "dividing: stopped after" in broken.text and "done" not in broken.text
+
+
+def test_every_part_of_a_work_has_a_bar_of_its_own(tmp_path, monkeypatch):
+    """Another name, a count that starts over, or more after the end: all of them are parts."""
+    stream = Stream(False)
+    monkeypatch.setattr(_record.sys, "stderr", stream)
+    record = _record.Run(tmp_path, {}, None)
+    reports = [("fit", 1, 2), ("fit", 2, 2), ("scores", 2, 2), ("scores", 2, 2), ("scores", 1, 2)]
+    with record.parts("ours") as progress:
+        for report in reports:
+            progress(*report)
+    lines = [line.partition(" done")[0] for line in stream.text.splitlines()]
+    scores = ["ours: scores ...", "ours: scores:"]
+    assert lines == ["ours: fit ...", "ours: fit:", *3 * scores]

@@ -315,6 +315,40 @@ def test_a_compressed_image_is_found_and_the_codec_replayed(own):
     assert all(len(field) == 0 for field in regenerated(images[:0], "jpeg"))
 
 
+def test_where_no_start_makes_an_image_there_is_nothing_to_compress(own):
+    """A generator that normalises its latent has no image at zero, where this search begins."""
+
+    def apply(params, z):
+        return OURS.module.apply(params, z / jnp.linalg.norm(z, axis=1, keepdims=True))
+
+    normed = LatentGenerator(OURS.variables, apply, OURS.latent_dim)
+    config = dataclasses.replace(CONFIG, num_starts=1)
+    found = regeneration.regenerate(normed, own, RNG, config, processing=processing.get("jpeg"))
+    assert np.isinf(found.rmse).all() and not found.proved.any()
+    assert set(found.replayed) == {"not compressed"}
+
+
+@pytest.mark.parametrize("with_bank", [False, True])
+@pytest.mark.parametrize("kind", ["crop", "blur", "brightness", "noise"])
+def test_no_start_is_made_twice(own, kind, with_bank, monkeypatch):
+    """Zero is tried once; every start of the unknowns comes before one comes again."""
+    starts = []
+
+    def spy(model, images, start_at, config, *rest):
+        starts.extend(start_at(0, number) for number in range(8))
+
+    monkeypatch.setattr(regeneration, "_search", spy)
+    bank = regeneration.make_bank(OURS, jax.random.key(6), 2) if with_bank else None
+    known = processing.get(kind)
+    config = dataclasses.replace(CONFIG, num_starts=8)
+    regeneration.regenerate(OURS, own[:1], RNG, config, bank=bank, processing=known)
+    assert len({start.tobytes() for start in starts}) == 8
+    latents, unknowns = np.split(np.stack(starts), [OURS.latent_dim], axis=1)
+    assert np.flatnonzero(~latents.any(axis=1)).tolist() == [int(with_bank)]
+    first = unknowns[: len(known.starts)]
+    np.testing.assert_array_equal(first, np.asarray(known.starts, np.float32))
+
+
 def test_every_guess_starts_where_the_first_search_ended(own, monkeypatch):
     search, starts = regeneration._search, []
 

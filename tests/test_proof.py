@@ -93,8 +93,11 @@ def test_the_lower_end_is_one_as_often_as_it_says():
 
 
 def test_few_foreign_images_bound_nothing():
-    tail = proof.foreign_tail(np.array([5.0, 6.0, 7.0]))
-    assert math.isnan(tail.edge) and tail.smallest == 5
+    errors = power_law(np.random.default_rng(0), 3.0, 8.0, 80)
+    assert not math.isnan(proof.foreign_tail(errors).edge)
+    errors[0] = 0.2
+    tail = proof.foreign_tail(errors[:79])
+    assert math.isnan(tail.edge) and tail.smallest == 0.2
     assert proof.foreign_probability(tail, [0.1, 9.0]).tolist() == [1, 1]
 
 

@@ -387,6 +387,40 @@ def test_the_number_of_places_does_not_matter(own, found, places):
         assert (again.iterations >= 6).all() and (again.iterations < 6 * 10).all()
 
 
+def test_the_order_of_the_images_does_not_matter_where_they_are_named():
+    images = sampling.generate(THEIRS, jax.random.key(5), 5)  # not found: all starts are made
+    names = [7, 2**32 - 1, 0, 12, 3]
+    config = dataclasses.replace(CONFIG, places=1)
+    found = regeneration.regenerate(OURS, images, RNG, config, names=names)
+    again = regeneration.regenerate(OURS, images[::-1], RNG, config, names=names[::-1])
+    for name in ("latent", "rmse", "iterations"):
+        np.testing.assert_array_equal(getattr(again, name)[::-1], getattr(found, name))
+    unnamed = regeneration.regenerate(OURS, images[::-1], RNG, config)
+    assert (unnamed.iterations[::-1] != found.iterations).any()
+    with pytest.raises(ValueError, match="4 names for 5 images"):
+        regeneration.regenerate(OURS, images, RNG, config, names=names[:4])
+
+
+def test_no_product_is_a_short_one():
+    """What an accelerator would round to ten bits by default moves pixels by levels."""
+    model = (OURS, None)
+    image = jnp.zeros((8, 8, 1), jnp.float32)
+    state = regeneration.init(jnp.ones(4, jnp.float32), image, CONFIG)
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                yield equation.params["precision"]
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    for step in (regeneration.linearize, regeneration.update):
+        traced = jax.make_jaxpr(lambda s, step=step: step(model, image, s, CONFIG))(state)
+        found = list(products(traced.jaxpr))
+        assert len(found) > 2
+        assert all(p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found)
+
+
 def test_progress_ends_with_all_images(own):
     seen = []
     config = dataclasses.replace(CONFIG, num_starts=1)

@@ -262,6 +262,8 @@ def test_the_detector_study_refuses_overlapping_images(tmp_path, capsys):
     assert "behind which the test images begin" in capsys.readouterr().err
     assert run(tmp_path / "b", "detector_study", "--seeds=1") == 2
     assert "two at least" in capsys.readouterr().err
+    assert run(tmp_path / "c", "detector_study", "--tol=1e-3") == 2
+    assert "--tol=0.001: the study inverts by --max_iters alone" in capsys.readouterr().err
 
 
 def test_more_images_than_there_are_is_refused(tmp_path, capsys):
@@ -269,6 +271,9 @@ def test_more_images_than_there_are_is_refused(tmp_path, capsys):
         flags = ("--num_test=8", f"--{name}=9", f"--methods={method}")
         assert run(tmp_path / method, "single_model_attribution", *flags) == 2
         assert f"--{name}=9: there are --num_test=8 images" in capsys.readouterr().err
+        flags = ("--num_test=400", f"--{name}=301", f"--methods={method}")  # of --num_many=300
+        assert run(tmp_path / method, "single_model_attribution", *flags) == 2
+        assert f"--{name}=301: there are 300 own images" in capsys.readouterr().err
 
 
 def test_a_recorded_generator_says_what_it_was_trained_on(tmp_path):

@@ -350,11 +350,9 @@ def _raw_features(
         z, info = parallel.in_parts(functools.partial(_activations, layer, z_bar, config), batch)
         converged = np.asarray(info.converged)[:count]
         if config.tol > 0 and not converged.all():
-            bad = start + np.flatnonzero(~converged)
             raise ValueError(
-                f"{bad.size} inversions did not reach tol={config.tol} in "
-                f"{config.max_iters} iterations "
-                f"(images {bad[:10].tolist()}, {what}): allow more iterations or a larger tol"
+                f"{int((~converged).sum())} of {count} inversions did not reach tol={config.tol} "
+                f"in {config.max_iters} iterations ({what}): allow more iterations or a larger tol"
             )
         yield start, z[:count]
         progress(what, start + count, len(images))
@@ -781,7 +779,6 @@ def fit(
         )
     attributor = Attributor(layer, z_bar, detector, np.zeros(0), config, profile, untouched)
 
-    judge = functools.partial(score_with_info, attributor, progress=progress)
     # A detector that was trained anew since, on another device say, has other scores.
     fitted = hashlib.sha256()
     for leaf in jax.tree.leaves(detector):
@@ -789,6 +786,10 @@ def fit(
     judged = f"calibration-{fitted.hexdigest()[:12]}"
 
     def calibration_scores(first, last):
+        def report(what, done, total):
+            progress(what, first + done * (last - first) // total, num_calibration)
+
+        judge = functools.partial(score_with_info, attributor, progress=report)
         found = parallel.in_parts(judge, generated[calibrating[first:last]])
         # What would get no verdict sets no threshold.
         return {"score": found.score[found.converged & np.isfinite(found.score)]}

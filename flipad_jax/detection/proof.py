@@ -75,7 +75,7 @@ class ForeignTail(NamedTuple):
     """Lower tail of the errors of foreign images.
 
     Attributes:
-      edge: u, below which the power law is taken to hold; NaN if there are too few errors.
+      edge: u, below which the power law is taken to hold; NaN if there are fewer than 80 errors.
       share_high: upper end of the interval of q, the share of errors below u.
       codimension: alpha, by Hill's estimator.
       codimension_low: lower end of its interval.
@@ -90,10 +90,11 @@ class ForeignTail(NamedTuple):
 
 
 _SMALLEST_TAIL = 10
+_FEWEST = 8 * _SMALLEST_TAIL  # of fewer errors the ten smallest are no tail: the law fails there
 
 
 def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail:
-    """Fit the lower tail to the smallest tenth of the errors, ten of them at least.
+    """Fit the lower tail to the smallest tenth of 80 or more errors, ten of them at least.
 
     Args:
       errors: `[n]` positive, finite; of foreign images under the same search.
@@ -107,7 +108,7 @@ def foreign_tail(errors: np.ndarray, *, confidence: float = 0.95) -> ForeignTail
     if errors.ndim != 1 or not len(errors) or not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError(f"foreign errors must be positive and finite, [n]; got {errors!r}")
     k = max(_SMALLEST_TAIL, len(errors) // 10)
-    if len(errors) <= k or errors[k] <= errors[0]:
+    if len(errors) < _FEWEST or errors[k] <= errors[0]:
         return ForeignTail(math.nan, math.nan, math.nan, math.nan, float(errors[0]))
     edge = errors[k]
     alpha = 1 / float(np.mean(np.log(edge / errors[:k])))

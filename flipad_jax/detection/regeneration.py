@@ -41,7 +41,7 @@ The residual of an untouched image of ours is rounding: uniform in +-1/2, root m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -107,7 +107,8 @@ class RegenerationConfig:
         levels: latents are N(0, I), and what the image does not say of them stays there.
       max_levels: largest error of a pixel, in grey levels, that counts as regenerated.
       rmse_levels: root mean square error that does.
-      places: pairs of image and start at once, for memory and speed only. 0: 16, on a CPU one: a
+      places: pairs of image and start at once, for memory and speed; of an image several starts
+        may then run side by side, and more of them be made than it needs. 0: 16, on a CPU one: a
         Jacobian is a batch of its own, and more of them leave the cache (a step of `digits_dcgan_1`
         takes the same 21 ms of processor time either way, and 17 more to get and give back memory).
     Raises:
@@ -195,6 +196,19 @@ class RegenerationState(NamedTuple):
 Model = tuple[TrainedGenerator | LatentGenerator, Processing | None]
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces it without the short products that accelerators take by default: a level is 2^-8 of
+    the scale, and their factors have no more digits than that."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_exactly
 def _image(model: Model, z: jax.Array) -> jax.Array:
     """The image of one latent, and of the unknowns behind it, in [-1, 1], not rounded."""
     generator, processing = model
@@ -317,6 +331,7 @@ def linearize(
     )
 
 
+@_exactly
 def update(
     model: Model,
     image: jax.Array,
@@ -335,12 +350,11 @@ def update(
     """
     size = state.z.shape[0]
     r, jacobian = state.r, state.jacobian
-    precision = jax.lax.Precision.HIGHEST
     # Of the latent; the unknowns of a processing are no draws from N(0, 1).
     latent = jnp.arange(size) < model[0].latent_dim
     prior = latent * jnp.where(state.in_targets, config.prior, 0.01 * config.prior)
-    gram = jnp.dot(jacobian, jacobian.T, precision=precision) + prior * jnp.eye(size, dtype=r.dtype)
-    gradient = jnp.dot(jacobian, r, precision=precision) + prior * state.z
+    gram = jacobian @ jacobian.T + prior * jnp.eye(size, dtype=r.dtype)
+    gradient = jacobian @ r + prior * state.z
     values, vectors = jnp.linalg.eigh(gram)
     dampings = state.damping * jnp.asarray(config.factors, state.z.dtype)
     # Eigenvectors once, a division for every damping.
@@ -516,12 +530,15 @@ def _nearest(bank: Bank, images: np.ndarray, count: int) -> np.ndarray:
         flat = x.reshape(len(x), -1).astype(np.float32)
         return np.arctanh(np.clip(flat / 127.5 - 1, -0.99, 0.99))
 
-    known = targets(bank.images)
-    squares = np.square(known).sum(axis=1)
     found = []
     for start in range(0, len(images), 256):
-        distances = squares - 2 * targets(images[start : start + 256]) @ known.T
-        found.append(np.argsort(distances, axis=1, kind="stable")[:, :count])
+        wanted = targets(images[start : start + 256])
+        distances = []
+        for first in range(0, len(bank.images), 512):  # Their targets together may be a gigabyte.
+            known = targets(bank.images[first : first + 512])
+            distances.append(np.square(known).sum(axis=1) - 2 * wanted @ known.T)
+        order = np.argsort(np.concatenate(distances, axis=1), axis=1, kind="stable")
+        found.append(order[:, :count])
     return np.concatenate(found)
 
 
@@ -533,6 +550,7 @@ def regenerate(
     *,
     bank: Bank | None = None,
     processing: Processing | None = None,
+    names: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Regenerated:
     """Look for the latents that make images.
@@ -540,23 +558,31 @@ def regenerate(
     Args:
       generator: the model; a latent makes one image, whatever else is in the batch.
       images: `[n, h, w, c]` uint8, as they were found: nothing resized.
-      rng: random start s of image i is drawn from `fold_in(fold_in(rng, i), s)`.
+      rng: random start s of image i is drawn from `fold_in(fold_in(rng, names[i]), s)`.
       config: settings.
       bank: own images with their latents; every other start, the first one among them, is the next
-        nearest of it.
+        nearest of it. The first of the others is zero.
       processing: what may have happened to the images; its slack takes the place of the settings'.
-      progress: called with images that are decided, and all.
+        Start s takes the next of its own starts for the unknowns.
+      names: `[n]` in [0, 2^32), of the images' random streams, so that what is found of an image
+        does not depend on the others; their places by default.
+      progress: called with images that are decided, and all; then, from zero on, with those of a
+        codec's second search.
     Returns:
       what was found, in the order of the images.
     Raises:
       ValueError: for images that are not uint8 or not of the generator's size, a bank of another
-        size, or a generator that is not differentiable, makes numbers that are not finite, or
-        another image of the same latent when it is called again.
+        size, another number of names, or a generator that is not differentiable, makes numbers that
+        are not finite, or another image of the same latent when it is called again.
     """
     images = np.asarray(data.check_images(images, shape=check_generator(generator)))
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, as files hold them, got {images.dtype}")
     count = len(images)
+    if names is None:
+        names = range(count)
+    elif len(names) != count:
+        raise ValueError(f"{len(names)} names for {count} images")
     size = generator.latent_dim
     near = np.zeros((count, 0), int)
     if bank is not None and (
@@ -581,10 +607,10 @@ def regenerate(
         place = number // 2
         if bank is not None and number % 2 == 0 and place < near.shape[1]:
             latent = bank.latents[near[index, place]]
-        elif (place if bank is not None else number) < len(unknown_starts):
+        elif number == (0 if bank is None else 1):
             latent = np.zeros(size, np.float32)
         else:
-            own = jax.random.fold_in(jax.random.fold_in(rng, index), number)
+            own = jax.random.fold_in(jax.random.fold_in(rng, int(names[index])), number)
             latent = np.asarray(config.start_scale * jax.random.normal(own, (size,), jnp.float32))
         start = np.asarray(unknown_starts[number % len(unknown_starts)], np.float32)
         return np.concatenate([latent, start])
@@ -608,7 +634,7 @@ def regenerate(
     _polish(model, images, config, best)
     _describe(model, images, config, best)
     if processing is not None and processing.codec is not None:
-        return _through_codec(generator, processing, images, config, best)
+        return _through_codec(generator, processing, images, config, best, progress)
     return best
 
 
@@ -680,11 +706,12 @@ def _through_codec(
     images: np.ndarray,
     config: RegenerationConfig,
     first: Regenerated,
+    progress: Callable[[int, int], None] | None,
 ) -> Regenerated:
     """The second search, with a codec in the model, of what the first one has not proved; then the
     real codec."""
     codec = cast(Codec, processing.codec)
-    todo = np.flatnonzero(~first.proved)
+    todo = np.flatnonzero(~first.proved & np.isfinite(first.rmse))  # else there is no image
     guesses = [codec.guess(first.image[index], images[index]) for index in todo]
     words = ["not compressed"] * len(images)
     unknowns = np.zeros((len(images), codec.num_unknowns), np.float32)
@@ -705,9 +732,11 @@ def _through_codec(
     # Without the guesses: it is part of what is compiled.
     no_start = ((0.0,) * codec.num_unknowns,)
     model = (generator, Processing(processing.name, codec.apply, no_start, enough=0.0))
-    _search(model, images[todo], start_at, config, part, None)
+    _search(model, images[todo], start_at, config, part, progress)
     _describe(model, images[todo], config, part)
     for place, index in enumerate(todo):
+        if not np.isfinite(part.rmse[place]):
+            continue
         made, words[index] = codec.replay(part.image[place], part.unknowns[place])
         errors = made.astype(np.float64) - images[index]
         part.processed[place] = made
