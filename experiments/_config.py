@@ -216,6 +216,10 @@ class _SettingSerializer(flags.ArgumentSerializer):
         return repr(value) if isinstance(value, float) else str(value)
 
 
+def _one_of(choices: Sequence[Any] | None) -> str:
+    return f" One of: {', '.join(map(str, choices))}." if choices else ""
+
+
 class _SettingFlag(flags.Flag):
     """A flag made from a field of a Config."""
 
@@ -225,7 +229,7 @@ class _SettingFlag(flags.Flag):
             _SettingSerializer(),
             name,
             default,
-            field.metadata.get("help", ""),
+            field.metadata.get("help", "") + _one_of(field.metadata.get("choices")),
             boolean=annotation is bool,
         )
 
@@ -579,7 +583,10 @@ def _run(argv: Sequence[str], package: str) -> int:
     if early.help:
         print(_help(names, early.experiment, preset, values, settings), flush=True)
         return 0
-    rest = values(argv)[1:]
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(f"--experiment={early.experiment}: {error}") from None
     for name, flag in settings.items():
         if not flag.present and name in remembered:
             try:
@@ -595,7 +602,7 @@ def _run(argv: Sequence[str], package: str) -> int:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
-    config = module.Config(**{name: flag.value for name, flag in settings.items()})
+    config = module.Config(**{name: _at_home(flag.value) for name, flag in settings.items()})
     _check_common(values)
     if values.compilation_cache is not None:
         _keep_programs(values.compilation_cache)
@@ -616,6 +623,11 @@ def _run(argv: Sequence[str], package: str) -> int:
         profile=values.profile,
     )
     return 0
+
+
+def _at_home(value: Any) -> Any:
+    """A path that begins with ~, which no shell expands behind an equals sign."""
+    return os.path.expanduser(value) if isinstance(value, str) and value[:1] == "~" else value
 
 
 def _check_common(values: flags.FlagValues) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +65,18 @@ def load_generator(name: str, convention: str = "paper") -> tuple[Generator, dic
         try:
             return torch_generators.from_arrays(arrays, convention=convention), {}
         except ValueError as error:
-            raise ValueError(f"--generator={name}: {error}") from error
+            raise ValueError(
+                f"--generator={name}: {error}. For another architecture give MODULE:FUNCTION, see "
+                "docs/proof.md"
+            ) from error
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(
             f"--generator={name} is no file, no MODULE:FUNCTION, and no generator of the zoo: "
             f"{', '.join(zoo.names())}"
         )
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # A module beside the user, too, not only beside run.py.
     try:
         made = getattr(importlib.import_module(module), function)()
     except Exception as error:  # What another's function raises is its own affair.

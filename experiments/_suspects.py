@@ -1,6 +1,7 @@
 """Files that are asked about, and the file of answers: of `attribute`, `prove` and `registry`."""
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,26 @@ from flipad_jax import data, files
 
 __all__ = ["check_output", "find", "write_rows"]
 
+_OF_A_RUN = "config.flags"  # lies in every workdir
+
 
 def find(path: str, workdir: Path) -> data.Found:
-    """The files to judge; what an earlier start drew into the workdir is none of them.
+    """The files to judge; what a run, this one or another, drew into its workdir is none of them.
 
     Raises:
       ValueError: if there are none.
     """
     found = data.find_images(path)
     root, own = Path(found.root).resolve(), workdir.resolve()
-    if root not in own.parents:
-        return found
-    inside = own.relative_to(root).as_posix() + "/"
-    return found._replace(paths=tuple(p for p in found.paths if not p.startswith(inside)))
+
+    @functools.cache
+    def is_drawn(folder: Path) -> bool:
+        if folder == Path():  # The folder that was asked for may be a run's.
+            return False
+        inside = root / folder == own or (root / folder / _OF_A_RUN).is_file()
+        return inside or is_drawn(folder.parent)
+
+    return found._replace(paths=tuple(p for p in found.paths if not is_drawn(Path(p).parent)))
 
 
 def check_output(path: Path, columns: Sequence[str]) -> None:

@@ -321,8 +321,8 @@ def _write_page(config, record, found, attributor, own, real, rivals) -> None:
             ]
         ),
         f"An image is called not ours if its score is above {found['threshold']:.4g}: "
-        + ("at most " if found["smallest_certifiable_fnr"] <= config.fnr else "about ")
-        + f"{100 * config.fnr:g} % of the model's own images are. The rate can be chosen anew with "
+        f"at most {100 * max(config.fnr, found['smallest_certifiable_fnr']):.3g} % of the model's "
+        "own images are. The rate can be chosen anew with "
         "every question; nothing has to be fitted again.",
     ]
     if found["smallest_certifiable_fnr"] > config.fnr > 0:

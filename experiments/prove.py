@@ -120,6 +120,7 @@ class Calibration(NamedTuple):
     own: np.ndarray  # [m] errors
     own_proved: np.ndarray  # [m] bool
     foreign: np.ndarray  # [k] errors, the smaller one of those untouched and processed
+    excess: tuple[np.ndarray, np.ndarray] | None  # [m] and [k] under noise, of own and foreign ones
     equations: np.ndarray  # [k] of foreign images
     tail: proof.ForeignTail
 
@@ -273,6 +274,7 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
     found = {}
     for number, kind in enumerate(config.processing):
         results: dict[str, dict[str, np.ndarray]] = {}
+        excess: dict[str, np.ndarray] = {}
         sets = [("own", known[0], kind), ("foreign", known[1], kind)]
         if kind != "none":  # a foreign image need not have been processed at all
             sets.append(("foreign-untouched", known[1], "none"))
@@ -289,6 +291,8 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
                 )
 
             results[which] = record.stage(f"{which}-{kind}-{digest}", compute, text=text)
+            if kind == "noise":
+                excess[which] = proof.noise_excess(results[which]["image"], treated)
         size = generator.latent_dim + _regeneration.num_unknowns(kind)
         # As of suspects, what became too plain to say anything counts as nothing.
         says = {
@@ -319,16 +323,27 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
         if np.isnan(tail.edge):
             record.warn(
                 f"{len(errors)} foreign images are too few to bound how near others come (search "
-                f"{kind}): nothing is called ours; give a larger --num_foreign, 80 at least"
+                f"{kind}): nothing is called ours; give 80 at least (--foreign, --num_foreign)"
             )
         found[kind] = Calibration(
             results["own"]["rmse"][says["own"]].astype(float),
             results["own"]["proved"][says["own"]],
             errors,
+            _nearest_excess(excess, says, said) if excess else None,
             results["foreign"]["equations"][said],
             tail,
         )
     return found
+
+
+def _nearest_excess(excess, says, said) -> tuple[np.ndarray, np.ndarray]:
+    """Of own images, and of foreign ones the smaller one of those untouched and processed."""
+    foreign = [
+        np.where(says[which], values, np.nan)[said]
+        for which, values in excess.items()
+        if which != "own"
+    ]
+    return excess["own"][says["own"]], np.nanmin(foreign, axis=0)
 
 
 def _decoded(config, record, generator, shape, found):
@@ -412,6 +427,9 @@ def _judged(
     unknowns = result["unknowns"][place]
     size = generator.latent_dim + len(unknowns)
     determined = proof.is_determined(result["equations"][part], size)
+    excess = None
+    if known.excess is not None:
+        excess = proof.noise_excess(result["image"][part], image[None])
     judged = proof.judge(
         result["rmse"][part],
         result["proved"][part],
@@ -419,11 +437,15 @@ def _judged(
         known.tail,
         judging,
         determined=determined,
+        excess=None if excess is None or known.excess is None else (excess, *known.excess),
     )
     verdict = str(judged.verdict[0])
     latent = np.ascontiguousarray(result["latent"][place], np.float32)
     replayed = str(result["replayed"][place])
     words = [replayed] if replayed else []
+    if kind == "noise" and verdict != "proved" and np.isfinite(result["rmse"][place]):
+        std = float(proof.noise_std(result["image"][part], image[None])[0])
+        words.append(f"noise of some {std:.1f} levels")
     if not determined[0]:
         words.append(
             f"{result['equations'][place]} pixels between black and white are too few for {size} "
@@ -432,7 +454,7 @@ def _judged(
     elif not np.isfinite(result["rmse"][place]):
         words.append("no start made an image")
     elif verdict == "cannot_judge":
-        words.append(_why_undecided(result["rmse"][place], judged.p_value[0], known, judging))
+        words.append(_why_undecided(judged.p_value[0], known, judging))
     elif verdict == "proved" and kind == "none":
         p_value = proof.rounding_p_value(result["misfit"][place], result["equations"][place])
         words.append(f"that what is left is only rounding has p = {float(p_value):.2g}")
@@ -453,7 +475,7 @@ def _judged(
     return Suspect(row, image, made, after, latent, unknowns, replayed)
 
 
-def _why_undecided(error: float, p_value: float, known: Calibration, judging) -> str:
+def _why_undecided(p_value: float, known: Calibration, judging) -> str:
     if p_value > judging.fnr and 1 / (len(known.own) + 1) > judging.fnr:
         return f"{len(known.own)} own images are too few to call anything not ours"
     if p_value > judging.fnr:
@@ -751,8 +773,8 @@ def _reading(config: Config, rests_on: list[dict[str, Any]]) -> list[str]:
         "than one. Ours: "
         "at most half as far as the nearest foreign image, and nearer than a share of "
         f"{config.foreign_rate:g} of them is expected to come. Not ours: as far away as foreign "
-        f"images, and further than all but {config.fnr:.0%} of own ones; an own image that was "
-        "processed otherwise, or more strongly, than the searches were calibrated for can look "
+        f"images, and further than all but {100 * config.fnr:g} % of own ones; an own image that "
+        "was processed otherwise, or more strongly, than the searches were calibrated for can look "
         "like that. Cannot be judged: between the two, too little between black and white, or no "
         "image of this size.",
         *(

@@ -136,6 +136,11 @@ def _open(config: Config, record: Run) -> tuple[ledger.Registry, _keyed.Images]:
     known = () if registry is None else registry.names
     names = config.users
     if not names and not known:
+        if config.images:
+            raise UsageError(
+                f"there is no registry in {record.shown} to ask; give --users to found one there, "
+                "or another --workdir"
+            )
         names = tuple(f"user_{i + 1}" for i in range(config.num_users))
     if len(set(names)) != len(names):
         raise UsageError(f"--users={','.join(names)}: give each one once")

@@ -196,6 +196,8 @@ def _write_page(
 def _key_numbers(config: Config, findings: Findings, metrics: dict[str, Any]) -> report.KeyNumbers:
     counts = findings.counts
     num_judged = counts["ours"] + counts["not_ours"]
+    # Below what can be certified the largest calibration score decides.
+    rate = max(config.fnr, metrics["smallest_certifiable_fnr"])
     numbers = [
         (f"{counts['not_ours']:,}", "not ours"),
         (f"{counts['ours']:,}", "ours"),
@@ -205,7 +207,7 @@ def _key_numbers(config: Config, findings: Findings, metrics: dict[str, Any]) ->
     ]
     hints = [
         f"Score above the threshold {metrics['threshold']:.4g}. Had our model made all "
-        f"{num_judged:,} judged records, about {config.fnr * num_judged:.3g} would be here.",
+        f"{num_judged:,} judged records, up to {rate * num_judged:.3g} would be expected here.",
         "Score not above the threshold: not told apart from our own images.",
         "No verdict in either direction: the rows have the reasons.",
         "Of those that cannot be judged: the inversion missed its certificate.",

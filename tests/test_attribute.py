@@ -20,7 +20,7 @@ from scipy import stats
 from toy_model import LAYER, own_images
 
 import flipad_jax
-from experiments import _config
+from experiments import _config, _suspects
 from experiments import attribute as experiment
 from flipad_jax import AttributorConfig, data
 from flipad_jax.detection import attributor as attribution
@@ -203,6 +203,22 @@ def test_the_workdir_may_lie_among_the_images(attributor_folder, tmp_path, monke
     data.write_images(tmp_path / "v.csv.run" / "figures", own_images(4, 1)[0])
     assert run(*flags) == 0
     assert len(read("v.csv")) == 3
+
+
+def test_what_another_run_drew_is_not_judged(tmp_path):
+    """Nor what lies in its subfolders; a run's own folder, if it is asked for, is."""
+    (tmp_path / "images/other.run/figures").mkdir(parents=True)
+    own = own_images(7, 3)[0]
+    data.write_images(tmp_path / "images", own[:1])
+    data.write_images(tmp_path / "images/kept", own[1:2])
+    data.write_images(tmp_path / "images/other.run/figures", own[2:])
+    (tmp_path / "images/other.run/config.flags").write_text("--experiment=attribute\n")
+    found = _suspects.find(str(tmp_path / "images"), tmp_path / "run")
+    assert found.paths == ("00000.png", "kept/00000.png")
+    found = _suspects.find(str(tmp_path / "images/other.run"), tmp_path / "run")
+    assert found.paths == ("figures/00000.png",)
+    found = _suspects.find(str(tmp_path / "images/kept"), tmp_path / "images")
+    assert found.paths == ("00000.png",)
 
 
 def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tmp_path, capsys):

@@ -975,3 +975,15 @@ def test_every_part_of_a_work_has_a_bar_of_its_own(tmp_path, monkeypatch):
     lines = [line.partition(" done")[0] for line in stream.text.splitlines()]
     scores = ["ours: scores ...", "ours: scores:"]
     assert lines == ["ours: fit ...", "ours: fit:", *3 * scores]
+
+
+def test_a_path_at_home_is_found_and_help_names_the_choices(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ["run.py", "--experiment=prove", "--images=~/nothing", f"--workdir={tmp_path / 'run'}"]
+    assert _config.main(flags) == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
+    assert _config.main(["run.py", "--experiment=prove", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the likeliest first. One of: none, noise, jpeg, blur, crop, brightness." in shown
+    assert _config.main(["run.py", "--experiment=prove", "--image=x"]) == 2
+    assert "--experiment=prove: Unknown command line flag 'image'" in capsys.readouterr().err

@@ -331,7 +331,7 @@ NAN = np.full((4, 5, 6), np.nan, np.float32)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"last_layer": "mian.3"}, r"'mian.3'; did you mean main.3.* There are main.3.weight \[4"),
+        ({"last_layer": "mian.3"}, r"'mian.3'; did you mean main.3[.? ].* There are main.3"),
         ({"last_layer": "zzz"}, r"no array or layer 'zzz'; There are main.3.weight \[4, 2, 3, 3\]"),
         ({"layer": "pool"}, "layer='pool': expected one of conv_transpose, conv, dense"),
         ({"layout": "tf"}, "layout='tf': expected one of torch, flax, flipad"),

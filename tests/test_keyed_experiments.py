@@ -217,6 +217,13 @@ def test_a_registry_finds_who_made_images(registry, tmp_path, capsys):
     assert output.read_text() == "my diary\n"
 
 
+def test_a_question_founds_no_registry(tmp_path, capsys):
+    data.write_images(tmp_path / "images", np.zeros((1, 32, 32, 1), np.uint8))
+    assert run(tmp_path / "run", "registry", f"--images={tmp_path / 'images'}") == 2
+    assert "there is no registry in" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "registry.json").exists()
+
+
 @pytest.mark.slow
 def test_a_new_user_changes_nothing_for_the_others(registry):
     before = ledger.load(registry)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from flipad_jax import perturbations
-from flipad_jax.detection import proof
+from flipad_jax import data, perturbations
+from flipad_jax.detection import proof, regeneration
 from flipad_jax.detection.proof import ProofConfig
 from flipad_jax.generators import zoo
 
@@ -64,6 +64,44 @@ def test_the_excess_over_noise_is_normal_whatever_the_picture_is(std):
     assert proof.noise_excess(made + 10, noisy, 255 * std).mean() > 2.5
 
 
+@pytest.mark.parametrize("std", [0.01, 0.05, 0.1])
+def test_the_strength_of_noise_is_found_whatever_the_picture_is(std):
+    """Also of half black digits, where the ends cut it off; structure beside it hardly counts."""
+    ramp = np.linspace(0, 255, 32 * 32).reshape(32, 32, 1)
+    pictures = [np.zeros_like(ramp), ramp, 100 + ramp * 0.1]
+    pictures += list(data.load("digits", split="train", image_size=32, num_images=2))
+    for number, picture in enumerate(pictures):
+        made = np.repeat(np.round(picture).astype(np.uint8)[None], 100, axis=0)
+        noisy = perturbations.noise(made, jax.random.key(number), std)
+        found = proof.noise_std(made, noisy)
+        assert found.mean() == pytest.approx(255 * std, rel=0.02)
+        assert found.std() < 0.06 * 255 * std
+        excess = proof.noise_excess(made, noisy)
+        assert abs(excess.mean()) < 0.5 and excess.std() < 1.9
+        known = proof.noise_excess(made, noisy, found)
+        np.testing.assert_array_equal(excess, known)
+    wrong = np.clip(made + 60 * np.sin(ramp / 10), 0, 255).astype(np.uint8)
+    assert np.median(proof.noise_excess(wrong, noisy)) > 4
+
+
+def test_the_strength_of_noise_asks_for_two_pixels():
+    column = np.zeros((1, 8, 1, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"\[8, 1\] have no 2 x 2 pixels"):
+        proof.noise_std(column, column)
+
+
+def test_under_noise_the_excess_says_what_is_far_away():
+    rng = np.random.default_rng(6)
+    own, tail = rng.uniform(12, 13, 99), proof.foreign_tail(rng.uniform(13, 30, 200))
+    errors = np.array([25.0, 25.0, np.inf])
+    excess = np.array([0.0, 9.0, 9.0]), rng.normal(size=99), rng.uniform(4, 50, 200)
+    found = proof.judge(errors, np.zeros(3, bool), own, tail, excess=excess)
+    assert found.verdict.tolist() == ["cannot_judge", "not_ours", "cannot_judge"]
+    assert found.p_value[0] > 0.1 and found.p_value[1] == 1 / 100 and np.isnan(found.p_value[2])
+    plain = proof.judge(errors, np.zeros(3, bool), own, tail)
+    assert plain.verdict.tolist() == ["not_ours", "not_ours", "cannot_judge"]
+
+
 def test_the_excess_over_noise_refuses_what_it_cannot_say():
     images = np.zeros((2, 4, 4, 1), np.uint8)
     with pytest.raises(ValueError, match="uint8 images of one shape"):
@@ -111,6 +149,21 @@ def test_rounding_is_rounding():
         more = proof.rounding_p_value(np.square(1.4 * r).mean(axis=1), np.full(4000, n))
         assert np.mean(more < 0.05) > 0.95
     assert np.isnan(proof.rounding_p_value(0.0, 0))
+
+
+def test_what_is_proved_is_polished_until_only_rounding_is_left():
+    """From near the latents that were drawn: their least squares, not where a search could stop."""
+    generator = zoo.load("digits_dcgan_0")
+    own = regeneration.make_bank(generator, jax.random.key(5), 8)
+    near = own.latents + 0.1 * np.asarray(jax.random.normal(jax.random.key(2), own.latents.shape))
+    # One short step, which is called enough.
+    enough = {"rmse_levels": 30.0, "max_levels": 200.0, "damping": 100.0}
+    config = regeneration.RegenerationConfig(num_starts=1, targets=False, **enough)
+    found = regeneration.regenerate(
+        generator, own.images, jax.random.key(0), config, bank=own._replace(latents=near)
+    )
+    assert found.proved.all()
+    assert proof.rounding_p_value(found.misfit, found.equations).min() > 0.05
 
 
 def test_verdicts():

@@ -16,6 +16,7 @@ from experiments import _config, _regeneration, prove
 from flipad_jax import data, perturbations
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, proof, regeneration
+from flipad_jax.generators import zoo
 
 GENERATOR = toy_model.latent_generator()
 NUM_OWN = 3
@@ -130,6 +131,67 @@ def test_processed_images_are_found_by_the_search_that_knows(folders, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert {row["processing"] for row in rows} == {"brightness"}
     assert {row["verdict"] for row in rows} <= {"proved", "ours"}
+
+
+def test_noise_of_any_strength_is_no_reason_to_refuse():
+    """Calibrated at 0.05: errors under 0.1 are beyond those of foreign images, an excess is not."""
+    generator = zoo.load("digits_dcgan_0")
+    ramp = np.linspace(20, 200, 32 * 32).reshape(32, 32, 1)
+    made = np.repeat(np.round(ramp).astype(np.uint8)[None], 3, axis=0)
+    wrong = np.round(ramp + 40 * np.sin(ramp / 10)).astype(np.uint8)[None]
+    images = np.concatenate(
+        [
+            perturbations.noise(picture, jax.random.key(i), std)
+            for i, (picture, std) in enumerate(((made[:1], 0.02), (made[:1], 0.1), (wrong, 0.05)))
+        ]
+    )
+    errors = images.astype(float) - made
+    result = {
+        "rmse": np.sqrt(np.square(errors).mean(axis=(1, 2, 3))),
+        "largest": np.abs(errors).max(axis=(1, 2, 3)),
+        "proved": np.zeros(3, bool),
+        "equations": np.full(3, 1024),
+        "misfit": np.ones(3),
+        "latent": np.zeros((3, 64), np.float32),
+        "unknowns": np.zeros((3, 0), np.float32),
+        "image": made,
+        "processed": made,
+        "replayed": np.array(["", "", ""]),
+    }
+    rng = np.random.default_rng(0)
+    foreign = rng.uniform(14, 40, 100)
+    known = prove.Calibration(
+        rng.uniform(12, 13, 60),
+        np.zeros(60, bool),
+        foreign,
+        (rng.normal(0, 1.5, 60), rng.uniform(6, 60, 100)),
+        np.full(100, 1024),
+        proof.foreign_tail(foreign),
+    )
+    config = prove.Config(processing=("noise",))
+    rows = [
+        prove._judged(
+            config, generator, known, proof.ProofConfig(), "noise", result, place, images[place]
+        ).row
+        for place in range(3)
+    ]
+    assert rows[1].rmse > foreign.min() and rows[0].rmse < foreign.min() / 2
+    assert [row.verdict for row in rows][1:] == ["cannot_judge", "not_ours"]
+    assert rows[0].verdict in ("ours", "cannot_judge")
+    for row, std in zip(rows, (0.02, 0.1)):
+        told = float(row.reason.partition("noise of some ")[2].split()[0])
+        assert told == pytest.approx(255 * std, rel=0.15)
+
+
+def test_noise_is_searched_and_told(folders, tmp_path):
+    root, own = folders
+    data.write_images(tmp_path / "noisy", perturbations.noise(own, jax.random.key(3), 0.02))
+    flags = (f"--images={tmp_path / 'noisy'}", f"--foreign={root / 'foreign'}")
+    assert run(tmp_path / "run", *FLAGS, *flags, "--processing=noise") == 0
+    rows = rows_of(tmp_path / "run" / "verdicts.csv").values()
+    assert {row["processing"] for row in rows} == {"noise"}
+    assert all("noise of some" in row["reason"] for row in rows)
+    assert "not_ours" not in {row["verdict"] for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -284,8 +346,9 @@ def test_an_attributor_that_refuses_processed_own_images_is_refused(
 )
 def test_why_nothing_can_be_said(num_own, p_value, edge, words):
     tail = proof.ForeignTail(edge, 0.1, 3.0, 2.0, 4.0)
-    known = prove.Calibration(np.zeros(num_own), np.zeros(num_own), np.ones(90), np.ones(90), tail)
-    assert prove._why_undecided(3.0, p_value, known, proof.ProofConfig()).startswith(words)
+    zeros, ones = np.zeros(num_own), np.ones(90)
+    known = prove.Calibration(zeros, zeros, ones, None, ones, tail)
+    assert prove._why_undecided(p_value, known, proof.ProofConfig()).startswith(words)
 
 
 def test_foreign_images_that_are_ours_stop_the_run(folders, tmp_path, capsys):

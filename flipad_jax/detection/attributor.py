@@ -641,7 +641,8 @@ def fit(
     if num_calibration < 20:
         raise ValueError(
             f"{len(generated)} generated images leave {num_calibration} for calibration, "
-            "expected 20 at least; fnr 0.005 takes 199"
+            f"expected 20 at least, of {math.ceil(20 / config.calibration_share)} images; "
+            "fnr 0.005 takes 199"
         )
     num_fitted = len(generated) - 2 * num_calibration
     if config.detector == "one_class" and num_fitted < _FEWEST_FITTED:

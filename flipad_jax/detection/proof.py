@@ -11,6 +11,7 @@ is worth. Errors are root mean square errors in grey levels.
 *   **not_ours**: it is as far away as foreign images are, and further than all but the share `fnr`
     of own images that were searched for in the same way (a conformal p-value). It says: not ours
     *and processed as the search assumes*. An own image that was processed otherwise can end here.
+    Under noise the error says how strong that is, and `noise_excess` takes its place here.
 *   **cannot_judge**: between the two; or the image has fewer than two equations (pixels that are
     neither at level 0 nor 255) per unknown: a plain white image proves nothing.
 
@@ -42,6 +43,7 @@ __all__ = [
     "is_determined",
     "judge",
     "noise_excess",
+    "noise_std",
     "ours_up_to",
     "rounding_p_value",
 ]
@@ -181,48 +183,112 @@ def rounding_p_value(misfit: np.ndarray, equations: np.ndarray) -> np.ndarray:
     return np.where(n > 0, scipy.stats.norm.sf(z), np.nan)
 
 
-def noise_excess(made: np.ndarray, images: np.ndarray, std: float) -> np.ndarray:
-    """By how much more than noise of a known strength an image departs from a regenerated one.
-
-    A pixel at level g that normal noise was added to, rounded and cut off at 0 and 255, has a
-    squared error of known mean and variance, smaller near the ends of the grey scale. An image of
-    ours with that noise, found, has an excess near N(0, 1) (a little less, because the latent is
-    fitted to the noise too), whatever its picture is; the root mean square error has not. Ours; in
-    neither paper.
-
-    Args:
-      made: `[n, h, w, c]` uint8, regenerated images.
-      images: the suspect ones, the same.
-      std: standard deviation of the noise, in grey levels.
-    Returns:
-      `[n]` float64: the sum of squared errors, less its mean, in its standard deviations.
-    Raises:
-      ValueError: for a std that is not positive and finite, or images that are not uint8, not
-        `[n, h, w, c]` or not alike in shape.
-    """
+def _noise_moments(std: float) -> np.ndarray:
+    """`[4, 256]` of what normal noise, rounding and the ends of the scale change levels 0 to 255
+    by: mean and variance, mean and variance of the square."""
     import scipy.special  # Here: it is slow to import.
 
-    made, images = np.asarray(made), np.asarray(images)
+    levels = np.arange(256.0)
+    # From g to k: what falls into (k - 1/2, k + 1/2), and all that is beyond the ends.
+    ends = np.concatenate([[-np.inf], levels[:-1] + 0.5, [np.inf]])
+    below = scipy.special.ndtr((ends - levels[:, None]) / std)
+    probabilities = np.diff(below, axis=1)
+    errors = levels - levels[:, None]
+    first, second, fourth = ((probabilities * errors**k).sum(axis=1) for k in (1, 2, 4))
+    # Noise too weak to move a pixel has no variance.
+    return np.stack([first, second - first**2, second, np.maximum(fourth - second**2, 1e-12)])
+
+
+def _check_pairs(made: np.ndarray, images: np.ndarray) -> None:
     alike = made.ndim == 4 and made.shape == images.shape
     if made.dtype != np.uint8 or images.dtype != np.uint8 or not alike:
         raise ValueError(
             "expected uint8 images of one shape [n, h, w, c], got "
             f"{made.dtype} {list(made.shape)} and {images.dtype} {list(images.shape)}"
         )
-    if not 0 < std < math.inf:
-        raise ValueError(f"std={std}: expected a positive number of grey levels")
-    levels = np.arange(256.0)
-    # From g to k: what falls into (k - 1/2, k + 1/2), and all that is beyond the ends.
-    ends = np.concatenate([[-np.inf], levels[:-1] + 0.5, [np.inf]])
-    below = scipy.special.ndtr((ends - levels[:, None]) / std)
-    probabilities = np.diff(below, axis=1)
-    squares = np.square(levels - levels[:, None])
-    mean = (probabilities * squares).sum(axis=1)
-    # Noise too weak to move a pixel has no variance.
-    variance = np.maximum((probabilities * np.square(squares)).sum(axis=1) - mean**2, 1e-12)
-    errors = np.square(images.astype(np.float64) - made)
+
+
+_STDS = np.geomspace(0.25, 100, 25)
+
+
+def noise_std(made: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """How strong the noise is by which images depart from regenerated ones.
+
+    From the differences (a - b - c + d) / 2 of all 2 x 2 pixels: a picture hardly has any, noise
+    has as much there as everywhere. That strength is found under which their mean square is what it
+    is, with what rounding and the ends of the grey scale do to it. Ours; in neither paper.
+
+    Args:
+      made: `[n, h, w, c]` uint8, regenerated images, h and w at least 2.
+      images: the suspect ones, the same.
+    Returns:
+      `[n]` float64, standard deviations in grey levels, within [0.25, 100].
+    Raises:
+      ValueError: for images that are not uint8, too small, not `[n, h, w, c]` or not alike.
+    """
+    made, images = np.asarray(made), np.asarray(images)
+    _check_pairs(made, images)
+    h, w = (side - side % 2 for side in made.shape[1:3])
+    if min(h, w) < 2:
+        raise ValueError(f"images {list(made.shape[1:3])} have no 2 x 2 pixels")
+
+    def corners(x):
+        x = x[:, :h, :w]
+        return x[:, ::2, ::2], x[:, 1::2, ::2], x[:, ::2, 1::2], x[:, 1::2, 1::2]
+
+    def difference(x):
+        a, b, c, d = corners(x)
+        return (a - b - c + d) / 2
+
     axes = (1, 2, 3)
-    return (errors - mean[made]).sum(axis=axes) / np.sqrt(variance[made].sum(axis=axes))
+    seen = np.square(difference(images.astype(np.float64) - made)).sum(axis=axes)
+    expected = []
+    for std in _STDS:
+        mean, variance = _noise_moments(std)[:2]
+        square = np.square(difference(mean[made])) + sum(corners(variance[made])) / 4
+        expected.append(square.sum(axis=axes))
+    # Nearly a parabola in std: a straight line where both are logarithms.
+    columns, wanted = np.log(np.transpose(expected)), np.log(np.maximum(seen, 1e-12))
+    found = [np.interp(value, column, np.log(_STDS)) for value, column in zip(wanted, columns)]
+    return np.exp(np.reshape(found, len(made)))
+
+
+def noise_excess(
+    made: np.ndarray, images: np.ndarray, std: float | np.ndarray | None = None
+) -> np.ndarray:
+    """By how much more than noise an image departs from a regenerated one.
+
+    A pixel at level g that normal noise was added to, rounded and cut off at 0 and 255, has a
+    squared error of known mean and variance, smaller near the ends of the grey scale. An image of
+    ours with that noise, found, has an excess near N(0, 1) (a little less, because the latent is
+    fitted to the noise too), whatever its picture is; the root mean square error has not. Where the
+    strength is not known it is estimated by `noise_std`: the excess of own images is then half as
+    wide again, that of others smaller, as their finest details pass for noise. Ours; in neither
+    paper.
+
+    Args:
+      made: `[n, h, w, c]` uint8, regenerated images.
+      images: the suspect ones, the same.
+      std: standard deviation of the noise, in grey levels; of all images, `[n]`, or None.
+    Returns:
+      `[n]` float64: the sum of squared errors, less its mean, in its standard deviations.
+    Raises:
+      ValueError: for a std that is not positive and finite, or images that are not uint8, not
+        `[n, h, w, c]` or not alike in shape.
+    """
+    made, images = np.asarray(made), np.asarray(images)
+    _check_pairs(made, images)
+    stds = noise_std(made, images) if std is None else np.broadcast_to(std, len(made))
+    if not ((stds > 0) & (stds < math.inf)).all():
+        raise ValueError(f"std={std}: expected a positive number of grey levels")
+    found = np.zeros(len(made))
+    for value in np.unique(stds):
+        mine = stds == value
+        _, _, mean, variance = _noise_moments(value)[:, made[mine]]
+        errors = np.square(images[mine].astype(np.float64) - made[mine])
+        axes = (1, 2, 3)
+        found[mine] = (errors - mean).sum(axis=axes) / np.sqrt(variance.sum(axis=axes))
+    return found
 
 
 class Judgement(NamedTuple):
@@ -247,6 +313,7 @@ def judge(
     config: ProofConfig = ProofConfig(),
     *,
     determined: np.ndarray | None = None,
+    excess: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Judgement:
     """Verdicts of the module docstring.
 
@@ -257,15 +324,21 @@ def judge(
       tail: of foreign images, from `foreign_tail`.
       config: settings.
       determined: `[n]` bool, from `is_determined`; all by default.
+      excess: `noise_excess` of the suspect, the own and the foreign images: where there is noise,
+        it says in place of the errors which images are far away.
     Raises:
       ValueError: for own errors that are missing or not finite.
     """
     errors = np.asarray(errors, np.float64)
-    p_value = calibration.conformal_p_values(own_errors, errors)
+    distances, own_distances, nearest = errors, own_errors, tail.smallest
+    if excess is not None:
+        found = np.where(np.isfinite(errors), excess[0], np.nan)  # else no image was made
+        distances, own_distances, nearest = found, excess[1], float(np.min(excess[2]))
+    p_value = calibration.conformal_p_values(own_distances, distances)
     probability = np.where(np.isfinite(errors), foreign_probability(tail, errors), np.nan)
     with np.errstate(invalid="ignore"):
         near = errors <= ours_up_to(tail, config.foreign_rate)
-        far = (p_value <= config.fnr) & (errors >= tail.smallest)
+        far = (p_value <= config.fnr) & (distances >= nearest)
     verdict = np.where(
         np.asarray(proved, bool),
         "proved",

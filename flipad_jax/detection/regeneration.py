@@ -638,14 +638,21 @@ def regenerate(
     return best
 
 
-_POLISH_STEPS = 10
+_POLISH_STEPS = 60
+_POLISH_EVERY = 4  # steps with a Jacobian: along flat directions an older one leads nowhere
 
 
 def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: Regenerated):
     """A few more steps for what is proved: a search stops when it has succeeded, and what is left
     is then more than rounding."""
-    # A Jacobian serves until a step is refused.
-    config = dataclasses.replace(config, damping=1e-3, prior=0.0, targets=False, renew_gain=0.0)
+    config = dataclasses.replace(
+        config,
+        damping=1e-3,
+        prior=0.0,
+        targets=False,
+        renew_gain=0.0,
+        linearize_every=min(config.linearize_every, _POLISH_EVERY),
+    )
     size, places = best.latent.shape[1], _num_places(config)
     proved = np.flatnonzero(best.proved)
     for start in range(0, len(proved), places):

@@ -148,6 +148,7 @@ def _key_numbers(rows, num_own: int, threshold: float, fnr: float) -> KeyNumbers
     smallest = min(
         (row["p_value"] for row in rows if row["verdict"] != "cannot_judge"), default=None
     )
+    rate = max(fnr, 1 / (num_own + 1))  # Below that the largest calibration score decides.
     numbers = [
         (f"{count['not_ours']:,}", "not ours"),
         (f"{count['ours']:,}", "ours"),
@@ -155,7 +156,7 @@ def _key_numbers(rows, num_own: int, threshold: float, fnr: float) -> KeyNumbers
     ]
     hints = [
         f"Score above the threshold {threshold:.4g}. Had our model made all {num_judged:,} judged "
-        f"files, about {_expected(fnr * num_judged)} would be here.",
+        f"files, up to {_expected(rate * num_judged)} would be expected here.",
         "Score not above the threshold: not told apart from our own images. What a model too "
         "much like ours made would be here as well.",
         (
@@ -252,7 +253,8 @@ def _how_to_read(num_own: int, threshold: float, fnr: float) -> list[str]:
     if fnr < least:
         needed = f"at least {math.ceil(1 / fnr) - 1:,} images" if fnr > 0 else "no number of images"
         certified += (
-            f". The fnr asked for, {fnr:g}, is smaller: this threshold is an extrapolation. "
+            f". The fnr asked for, {fnr:g}, is smaller: the threshold is the largest score of "
+            f"these images, above which {least:.2g} of own images are expected. "
             f"To certify it takes {needed}."
         )
     else:
@@ -266,9 +268,9 @@ def _how_to_read(num_own: int, threshold: float, fnr: float) -> list[str]:
         f"with n = {num_own:,} own images that fitted nothing. About this share of our own "
         "model's images scores as high; it is not the chance that the image is ours. A large "
         "p-value is no proof: it says that the image is not told apart from ours.",
-        f"fnr = {fnr:g}: the share of own images that are called not ours by mistake, about "
-        f"{_expected(1000 * fnr)} in 1,000. A smaller fnr raises the threshold: fewer own images "
-        "are lost, more foreign ones pass.",
+        f"fnr = {fnr:g}: the share of own images that may be called not ours by mistake, here up "
+        f"to {_expected(1000 * max(fnr, least))} in 1,000. A smaller fnr raises the threshold: "
+        "fewer own images are lost, more foreign ones pass.",
         certified,
         "Cannot judge is a verdict of its own: the file is broken, of another size or kind than "
         "what our model makes, or its inversion failed. Nothing is resized or rotated in silence.",

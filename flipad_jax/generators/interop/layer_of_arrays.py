@@ -175,16 +175,18 @@ def _find_kernel(arrays: Mapping[str, np.ndarray], last_layer: str) -> str:
     for name in candidates:
         if name in arrays:
             return name
-    modules = [_split_name(name)[0] for name in arrays]
-    close = difflib.get_close_matches(last_layer, dict.fromkeys([*arrays, *modules]), n=3)
-    listed = ", ".join(
-        f"{name} {list(array.shape)}" for name, array in list(arrays.items())[:NAMES_LISTED]
-    )
-    more = len(arrays) - NAMES_LISTED
+    # What can be a kernel; the layer that is looked for is mostly the last one.
+    kernels = {name: array for name, array in arrays.items() if np.ndim(array) in (2, 4)}
+    modules = [_split_name(name)[0].rstrip("./") for name in kernels]
+    known = dict.fromkeys(name for name in [*kernels, *modules] if name)
+    close = difflib.get_close_matches(last_layer, known, n=3)
+    last_first = sorted(kernels, key=data.natural_order, reverse=True)
+    listed = ", ".join(f"{name} {list(kernels[name].shape)}" for name in last_first[:NAMES_LISTED])
+    more = len(kernels) - NAMES_LISTED
     raise ValueError(
         f"no array or layer {last_layer!r}"
         + (f"; did you mean {' or '.join(close)}?" if close else ";")
-        + f" There are {listed}"
+        + (f" There are {listed}" if kernels else " There is no array [in, out] or [., ., ., .]")
         + (f" and {more} more" if more > 0 else "")
     )
 
