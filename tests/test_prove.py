@@ -389,12 +389,15 @@ def test_processing_is_named_as_perturbations_are_and_may_have_a_strength(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_study_counts_what_its_searches_found(tmp_path):
+def test_the_study_counts_what_its_searches_found(tmp_path, monkeypatch):
+    # Own images, the first that are asked about, have none; the others have.
+    excesses = iter([0.0, 1.0, 1.0])
+    monkeypatch.setattr(proof, "noise_excess", lambda made, _: np.full(len(made), next(excesses)))
     flags = (
         "--experiment=regeneration_study",
         "--preset=smoke",
         "--sources=real,trained_on",
-        "--processing=none,jpeg-80",
+        "--processing=none,jpeg-80,noise-0.05",
         f"--workdir={tmp_path / 'run'}",
     )
     assert _config.main(["run.py", *flags]) == 0
@@ -418,5 +421,8 @@ def test_the_study_counts_what_its_searches_found(tmp_path):
         named = [str(name) for name in own["replayed"] if name]
     replayed = results["digits_dcgan_0"]["jpeg-80"]["sources"]["own"]["replayed"]
     assert sum(replayed.values()) == len(named) and set(replayed) == set(named)
+    noisy = results["digits_dcgan_0"]["noise-0.05"]["sources"]
+    assert noisy["real"]["accuracy"] == noisy["trained_on"]["accuracy"] == 1
+    assert noisy["own"]["smallest"] > 5  # of errors, all the same
     page = (tmp_path / "run" / "report.html").read_text()
     assert "own, trained on" in page and "jpeg-80" in page
