@@ -282,7 +282,7 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
             foreign,
             caption="Smallest and median error in grey levels, and the accuracy against own images "
             "at a threshold from the other half of the own images; of errors, and under noise of the "
-            "excess over it, whose strength is estimated.",
+            "excess over it, at an estimated strength.",
         ),
     ]
 
