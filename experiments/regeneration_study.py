@@ -281,8 +281,8 @@ def tables(results: dict[str, Any]) -> list[report.Table]:
             ["not ours", "processing", *(_SHOWN[source] for source in SOURCES)],
             foreign,
             caption="Smallest and median error in grey levels, and the accuracy against own images "
-            "at a threshold from the other half of the own images; of errors, and under noise of the "
-            "excess over it, at an estimated strength.",
+            "at a threshold from the other half of the own images; of errors, and under noise of "
+            "the excess over it, at an estimated strength.",
         ),
     ]
 
