@@ -556,6 +556,7 @@ def _show_plan(
     for name, flag in settings.items():
         if flag.value != flag.default:
             words.append(f"--{name}={flag.text(flag.value)}")
+    print("counting what every part computes ...", file=sys.stderr, flush=True)  # Up to minutes.
     print(_plan.report(shlex.join(words), plan(config), num_devices), flush=True)
 
 

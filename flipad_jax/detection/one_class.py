@@ -158,7 +158,8 @@ def _quantiles(batch: np.ndarray, levels: tuple[float, ...]) -> np.ndarray | jax
 
 def _mahalanobis(gaussian: Gaussian, x: jax.Array) -> jax.Array:
     x = x - gaussian.mean
-    return x @ jnp.dot(gaussian.precision, x, precision=lax.Precision.HIGHEST)
+    turned = jnp.dot(gaussian.precision, x, precision=lax.Precision.HIGHEST)
+    return jnp.dot(x, turned, precision=lax.Precision.HIGHEST)
 
 
 def _statistics_of_one(model: OneClass, z: jax.Array, quantiles: jax.Array) -> jax.Array:
