@@ -35,14 +35,16 @@ def find(path: str, workdir: Path) -> data.Found:
     return found._replace(paths=tuple(p for p in found.paths if not is_drawn(Path(p).parent)))
 
 
-def check_output(path: Path, columns: Sequence[str]) -> None:
+def check_output(path: Path, columns: Sequence[str], workdir: Path) -> None:
     """Refuse an output that would destroy something else.
 
     Args:
       path: of the answers.
       columns: that a file of answers begins with.
+      workdir: of this run.
     Raises:
-      UsageError: for another extension, or a file that holds no answers.
+      UsageError: for another extension, a file that holds no answers, or those of another run, in
+        the workdir that belongs to the output.
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"--output={path}: expected a name that ends in .csv or .jsonl")
@@ -55,6 +57,9 @@ def check_output(path: Path, columns: Sequence[str]) -> None:
     ours = first.startswith((",".join(columns), f'{{"{columns[0]}": '))
     if first and not ours:
         raise UsageError(f"--output={path} is there and holds no rows of ours; give another name")
+    other = path.with_name(f"{path.name}.run")
+    if (other / _OF_A_RUN).is_file() and other.resolve() != workdir.resolve():
+        raise UsageError(f"--output={path} is what the run in {other} wrote; give another name")
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

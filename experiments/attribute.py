@@ -91,7 +91,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     attributor = bundle.load(config.attributor)
     found = _suspects.find(config.images, record.workdir)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
-    _suspects.check_output(output, COLUMNS)
+    _suspects.check_output(output, COLUMNS, record.workdir)
     smallest = calibration.smallest_certifiable_fnr(len(attributor.calibration_scores))
     if 0 < config.fnr < smallest:
         record.warn(

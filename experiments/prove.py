@@ -158,7 +158,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     check_once(config, "processing")
     found = _suspects.find(config.images, record.workdir)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
-    _suspects.check_output(output, COLUMNS)
+    _suspects.check_output(output, COLUMNS, record.workdir)
     judging = proof.ProofConfig(
         fnr=config.fnr, foreign_rate=config.foreign_rate / len(config.processing)
     )

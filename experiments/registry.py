@@ -97,7 +97,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     """Make or extend the registry, test it, attribute files; returns what the page shows."""
     found = _suspects.find(config.images, record.workdir) if config.images else None
     output = Path(config.output) if config.output else record.workdir / "attributions.csv"
-    _suspects.check_output(output, COLUMNS)
+    _suspects.check_output(output, COLUMNS, record.workdir)
     registry, images = _open(config, record)
     registry = _train_models(config, record, registry, images)
     rows: list[Row] = []

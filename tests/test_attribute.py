@@ -221,6 +221,19 @@ def test_what_another_run_drew_is_not_judged(tmp_path):
     assert found.paths == ("00000.png",)
 
 
+def test_the_answers_of_another_run_are_not_overwritten(tmp_path):
+    """As whoever follows the advice to give another workdir would do it."""
+    output = tmp_path / "v.csv"
+    output.write_text(",".join(experiment.COLUMNS) + "\n")
+    own = tmp_path / "v.csv.run"
+    _suspects.check_output(output, experiment.COLUMNS, tmp_path / "other")
+    own.mkdir()
+    (own / "config.flags").write_text("--experiment=attribute\n")
+    _suspects.check_output(output, experiment.COLUMNS, own)
+    with pytest.raises(_config.UsageError, match="v.csv.run wrote; give another name"):
+        _suspects.check_output(output, experiment.COLUMNS, tmp_path / "other")
+
+
 def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tmp_path, capsys):
     folder = tmp_path / "suspects"
     data.write_images(folder, own_images(2, 3)[0])

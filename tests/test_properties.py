@@ -191,7 +191,7 @@ def test_rows_hold_any_file_name(tmp_path, names, ending):
     columns = ("path", "verdict", "score")
     _suspects.write_rows(path, columns, rows)
     assert read_back(path, columns) == rows
-    _suspects.check_output(path, columns)  # and is known again as ours
+    _suspects.check_output(path, columns, path.parent)  # and is known again as ours
 
 
 @with_files
