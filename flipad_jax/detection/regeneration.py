@@ -639,7 +639,7 @@ def regenerate(
 
 
 _POLISH_STEPS = 60
-_POLISH_EVERY = 4  # steps with a Jacobian: along flat directions an older one leads nowhere
+_POLISH_EVERY = 8  # steps with a Jacobian: along flat directions an older one leads nowhere
 
 
 def _polish(model: Model, images: np.ndarray, config: RegenerationConfig, best: Regenerated):
