@@ -175,6 +175,13 @@ def test_html_table_aligns_numbers_and_marks_the_best():
     assert rows[3].endswith('<td class="num">nan</td>') and "<strong>" not in rows[3]
 
 
+def test_long_names_in_a_header_may_break():
+    table = report.Table(["detector", "digits_dcgan_0<"], [["one-class", 0.5]])
+    page = report.page_html("t", [report.Section("s", [table])])
+    parse(page)
+    assert '<th scope="col" class="num">digits_<wbr>dcgan_<wbr>0&lt;</th>' in page
+
+
 def test_values_that_look_alike_are_all_marked_and_text_columns_are_not_numeric():
     table = report.Table(
         ["x", "y"], [[0.9991, 1], [0.9993, "two"], [0.5, 3]], {"x": ".2f"}, {"x": "max"}

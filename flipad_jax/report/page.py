@@ -256,7 +256,9 @@ def _table_html(table: Table) -> str:
     cells, numeric, marked = _rendered(table)
     kinds = [' class="num"' if is_number else "" for is_number in numeric]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(table.header, kinds)
+        # Long names of models may break, or the last columns end beyond the page.
+        f'<th scope="col"{kind}>{escape(name).replace("_", "_<wbr>")}</th>'
+        for name, kind in zip(table.header, kinds)
     )
     rows = []
     for row, marks in zip(cells, marked):
@@ -326,6 +328,7 @@ th:first-child, td:first-child { padding-left: 0; min-width: 5.5rem; }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.num { white-space: normal; }
 strong { color: var(--accent); }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
   gap: 1.2rem; margin: 0 0 1.5rem; }
