@@ -43,7 +43,7 @@ def hostile_page():
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_page_is_self_contained_and_escapes_hostile_names():
     page = hostile_page()
-    parser = parse(page)
+    parser = parse(page.replace("<wbr>", ""))  # where the name in a header may break
     assert page.startswith("<!doctype html>")
     assert_self_contained(parser)
     # Every hostile name comes out as text, whole, except for what a terminal would act on.

@@ -190,8 +190,9 @@ def test_noise_is_searched_and_told(folders, tmp_path):
     assert run(tmp_path / "run", *FLAGS, *flags, "--processing=noise") == 0
     rows = rows_of(tmp_path / "run" / "verdicts.csv").values()
     assert {row["processing"] for row in rows} == {"noise"}
-    assert all("noise of some" in row["reason"] for row in rows)
-    assert "not_ours" not in {row["verdict"] for row in rows}
+    for row in rows:  # 0.02 is 5.1 levels; there are 48 squares of 2 x 2 to tell it by
+        told = float(row["reason"].partition("noise of some ")[2].split()[0])
+        assert 3.5 < told < 7
 
 
 @pytest.mark.parametrize(
