@@ -20,7 +20,7 @@ def find(path: str, workdir: Path) -> data.Found:
     """The files to judge; what a run, this one or another, drew into its workdir is none of them.
 
     Raises:
-      ValueError: if there are none.
+      ValueError, UsageError: if there are none.
     """
     found = data.find_images(path)
     root, own = Path(found.root).resolve(), workdir.resolve()
@@ -32,7 +32,13 @@ def find(path: str, workdir: Path) -> data.Found:
         inside = root / folder == own or (root / folder / _OF_A_RUN).is_file()
         return inside or is_drawn(folder.parent)
 
-    return found._replace(paths=tuple(p for p in found.paths if not is_drawn(Path(p).parent)))
+    paths = tuple(p for p in found.paths if not is_drawn(Path(p).parent))
+    if found.paths and not paths:
+        raise UsageError(
+            f"all {len(found.paths)} images below {path!r} were drawn by runs of ours, in folders "
+            f"that hold a {_OF_A_RUN}; give one of these, if they are meant"
+        )
+    return found._replace(paths=paths)
 
 
 def check_output(path: Path, columns: Sequence[str], workdir: Path) -> None:

@@ -427,9 +427,10 @@ def _judged(
     unknowns = result["unknowns"][place]
     size = generator.latent_dim + len(unknowns)
     determined = proof.is_determined(result["equations"][part], size)
-    excess = None
+    std = excess = None
     if known.excess is not None:
-        excess = proof.noise_excess(result["image"][part], image[None])
+        std = proof.noise_std(result["image"][part], image[None])
+        excess = (proof.noise_excess(result["image"][part], image[None], std), *known.excess)
     judged = proof.judge(
         result["rmse"][part],
         result["proved"][part],
@@ -437,15 +438,14 @@ def _judged(
         known.tail,
         judging,
         determined=determined,
-        excess=None if excess is None or known.excess is None else (excess, *known.excess),
+        excess=excess,
     )
     verdict = str(judged.verdict[0])
     latent = np.ascontiguousarray(result["latent"][place], np.float32)
     replayed = str(result["replayed"][place])
     words = [replayed] if replayed else []
-    if kind == "noise" and verdict != "proved" and np.isfinite(result["rmse"][place]):
-        std = float(proof.noise_std(result["image"][part], image[None])[0])
-        words.append(f"noise of some {std:.1f} levels")
+    if std is not None and verdict != "proved" and np.isfinite(result["rmse"][place]):
+        words.append(f"noise of some {std[0]:.1f} levels")
     if not determined[0]:
         words.append(
             f"{result['equations'][place]} pixels between black and white are too few for {size} "

@@ -217,6 +217,10 @@ def test_what_another_run_drew_is_not_judged(tmp_path):
     assert found.paths == ("00000.png", "kept/00000.png")
     found = _suspects.find(str(tmp_path / "images/other.run"), tmp_path / "run")
     assert found.paths == ("figures/00000.png",)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "images/other.run").rename(tmp_path / "outer/other.run")
+    with pytest.raises(_config.UsageError, match="all 1 images below .*outer. were drawn by runs"):
+        _suspects.find(str(tmp_path / "outer"), tmp_path / "run")
     found = _suspects.find(str(tmp_path / "images/kept"), tmp_path / "images")
     assert found.paths == ("00000.png",)
 

@@ -328,6 +328,24 @@ def test_where_no_start_makes_an_image_there_is_nothing_to_compress(own):
     assert set(found.replayed) == {"not compressed"}
 
 
+def test_a_second_search_that_finds_nothing_takes_nothing_away(own, monkeypatch):
+    search, results = regeneration._search, []
+
+    def only_the_first(model, images, start_at, config, best, progress):
+        if not results:
+            search(model, images, start_at, config, best, progress)
+        results.append(best)
+
+    monkeypatch.setattr(regeneration, "_search", only_the_first)
+    images = published.jpeg(own, 80)
+    found = regenerated(images, "jpeg")
+    assert len(results) == 2 and not found.proved.any()
+    np.testing.assert_array_equal(found.latent, results[0].latent)
+    errors = found.image.astype(float) - images
+    np.testing.assert_allclose(found.rmse, np.sqrt(np.square(errors).mean(axis=(1, 2, 3))), 1e-6)
+    assert set(found.replayed) == {"not compressed"}
+
+
 @pytest.mark.parametrize("with_bank", [False, True])
 @pytest.mark.parametrize("kind", ["crop", "blur", "brightness", "noise"])
 def test_no_start_is_made_twice(own, kind, with_bank, monkeypatch):

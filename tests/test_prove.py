@@ -247,18 +247,24 @@ def test_other_weights_are_searched_anew(folders, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "regenerated").exists()
 
 
-def test_copies_are_searched_once_and_new_files_move_nothing(folders, tmp_path, monkeypatch):
-    root, own = folders
-    data.write_images(tmp_path / "images", np.stack([own[0], own[0]]))
-    flags = (*FLAGS, f"--images={tmp_path / 'images'}", f"--foreign={root / 'foreign'}")
-    searched = []
+@pytest.fixture(name="searched")
+def _searched(monkeypatch):
+    """How many images every search was given."""
+    counts = []
     real = regeneration.regenerate
 
     def counting(generator, images, *args, **kwargs):
-        searched.append(len(images))
+        counts.append(len(images))
         return real(generator, images, *args, **kwargs)
 
     monkeypatch.setattr(regeneration, "regenerate", counting)
+    return counts
+
+
+def test_copies_are_searched_once(folders, tmp_path, searched):
+    root, own = folders
+    data.write_images(tmp_path / "images", np.stack([own[0], own[0]]))
+    flags = (*FLAGS, f"--images={tmp_path / 'images'}", f"--foreign={root / 'foreign'}")
     assert run(tmp_path / "run", *flags) == 0
     assert searched == [60, 40, 1]
     rows = rows_of(tmp_path / "run" / "verdicts.csv")
@@ -266,8 +272,10 @@ def test_copies_are_searched_once_and_new_files_move_nothing(folders, tmp_path, 
     assert {**one, "path": ""} == {**two, "path": ""} and one["verdict"] == "proved"
 
 
-def test_what_is_found_of_an_image_does_not_depend_on_the_others(folders, tmp_path, monkeypatch):
-    """Blocks of four: twenty files more, and only theirs are searched anew, with the same end."""
+def test_what_is_found_of_an_image_does_not_depend_on_the_others(
+    folders, tmp_path, monkeypatch, searched
+):
+    """Blocks of four: one file more, and only its block is searched anew, with the same end."""
     monkeypatch.setattr("experiments.prove._BLOCK", 4)
     root, own = folders
     more = regeneration.make_bank(GENERATOR, jax.random.key(100), 45).images
@@ -276,14 +284,7 @@ def test_what_is_found_of_an_image_does_not_depend_on_the_others(folders, tmp_pa
     flags = (*FLAGS, f"--images={tmp_path / 'images'}", f"--foreign={root / 'foreign'}", "--bank=0")
     assert run(tmp_path / "run", *flags) == 0
     before = rows_of(tmp_path / "run" / "verdicts.csv")
-    searched = []
-    real = regeneration.regenerate
-
-    def counting(generator, images, *args, **kwargs):
-        searched.append(len(images))
-        return real(generator, images, *args, **kwargs)
-
-    monkeypatch.setattr(regeneration, "regenerate", counting)
+    searched.clear()
     data.write_images(tmp_path / "images" / "more", more[40:41])
     assert run(tmp_path / "run", *flags) == 0
     after = rows_of(tmp_path / "run" / "verdicts.csv")

@@ -26,6 +26,7 @@ printed beside the other. Neither says anything about images that somebody *made
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -211,6 +212,12 @@ def _check_pairs(made: np.ndarray, images: np.ndarray) -> None:
 _STDS = np.geomspace(0.25, 100, 25)
 
 
+@functools.cache
+def _moments_by_std() -> np.ndarray:
+    """`[len(_STDS), 2, 256]`, mean and variance of `_noise_moments`, the same for all images."""
+    return np.stack([_noise_moments(std)[:2] for std in _STDS])
+
+
 def noise_std(made: np.ndarray, images: np.ndarray) -> np.ndarray:
     """How strong the noise is by which images depart from regenerated ones.
 
@@ -243,8 +250,7 @@ def noise_std(made: np.ndarray, images: np.ndarray) -> np.ndarray:
     axes = (1, 2, 3)
     seen = np.square(difference(images.astype(np.float64) - made)).sum(axis=axes)
     expected = []
-    for std in _STDS:
-        mean, variance = _noise_moments(std)[:2]
+    for mean, variance in _moments_by_std():
         square = np.square(difference(mean[made])) + sum(corners(variance[made])) / 4
         expected.append(square.sum(axis=axes))
     # Nearly a parabola in std: a straight line where both are logarithms.

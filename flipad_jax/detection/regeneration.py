@@ -741,9 +741,9 @@ def _through_codec(
     model = (generator, Processing(processing.name, codec.apply, no_start, enough=0.0))
     _search(model, images[todo], start_at, config, part, progress)
     _describe(model, images[todo], config, part)
-    for place, index in enumerate(todo):
-        if not np.isfinite(part.rmse[place]):
-            continue
+    found = np.flatnonzero(np.isfinite(part.rmse))  # of the others the first search's image stays
+    for place in found:
+        index = todo[place]
         made, words[index] = codec.replay(part.image[place], part.unknowns[place])
         errors = made.astype(np.float64) - images[index]
         part.processed[place] = made
@@ -752,7 +752,7 @@ def _through_codec(
         part.proved[place] = _is_proved(part.rmse[place], part.largest[place], config)
     part = part._replace(starts=first.starts[todo])  # guesses are no starts
     for name in rows:
-        getattr(whole, name)[todo] = getattr(part, name)
+        getattr(whole, name)[todo[found]] = getattr(part, name)[found]
     return whole._replace(replayed=tuple(words))
 
 
