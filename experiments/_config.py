@@ -472,6 +472,8 @@ def execute(
         except BaseException as error:
             again = ["python", "run.py", f"--flagfile={Path(record.shown) / 'config.flags'}"]
             error.add_note(f"go on with: {shlex.join([*again, f'--workdir={record.shown}'])}")
+            if isinstance(error, _USER_ERRORS) and not out_of_room(error):
+                record.withdraw()
             raise
         return results
 

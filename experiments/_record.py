@@ -206,6 +206,7 @@ class Run:
         self._flags = flags
         self.commit = commit
         self._entered: list[str] = []
+        self._is_new = False
 
     @property
     def figures(self) -> Path:
@@ -262,6 +263,11 @@ class Run:
                 f"--workdir={self.shown} has {_mebibytes(free)} free, {what} and what else is "
                 f"written take {_mebibytes(num_bytes + _ROOM)}: make room, or give another folder"
             )
+
+    def withdraw(self) -> None:
+        """After a mistake: remove the workdir, if this run made it and has kept nothing there."""
+        if self._is_main and self._is_new and not _has_results(self):
+            shutil.rmtree(self.workdir, ignore_errors=True)
 
     def say(self, text: str) -> None:
         """Print a line for the user on stdout, without breaking a bar that is being drawn."""
@@ -328,6 +334,7 @@ class Run:
         compute: Callable[[], Mapping[str, Any]],
         *,
         text: str | None = None,
+        reuse: str = "",
     ) -> dict[str, np.ndarray]:
         """Compute a part of the run once; a run that is started again loads it instead.
 
@@ -335,6 +342,8 @@ class Run:
           name: names the stage and its file: letters, digits, `_`, `-` and `.`; once per run.
           compute: returns arrays by name (NumPy or JAX; no objects). Called without arguments.
           text: what is being done, shown to the user; the name by default.
+          reuse: workdir of another run, whose stage of this name is taken if it has one: for names
+            that tell all that the stage rests on.
 
         Returns:
           The arrays as NumPy arrays, the same whether they were computed or loaded.
@@ -351,7 +360,13 @@ class Run:
         text = text or name
         path = self.workdir / "stages" / f"{name}.npz"
         _stopping.check()
-        loaded = self._of_main(self._load(path))
+        loaded, origin = self._of_main(self._load(path)), "kept from an earlier start"
+        if loaded is None and reuse:
+            there = Path(reuse).expanduser().absolute() / "stages" / path.name
+            loaded, origin = self._of_main(self._load(there)), f"taken from {reuse}"
+            if loaded is not None and self._is_main:
+                with replacing(path) as file:
+                    _write_stage(file, loaded[0], {**loaded[1], "sha256": _digest(loaded[0])})
         if loaded is not None:
             arrays, meta = loaded
             self.seconds[name] = meta["seconds"]
@@ -360,7 +375,7 @@ class Run:
                 self.warn(
                     f"stage {name} was computed by commit {meta['commit']}, this is {self.commit}"
                 )
-            self.note(f"{text}: kept from an earlier start ({meta['seconds']:.1f} s then)")
+            self.note(f"{text}: {origin} ({meta['seconds']:.1f} s then)")
             return arrays
         self.note(f"{text} ...")
         start, num_warnings = time.monotonic(), len(self.warnings)
@@ -420,7 +435,7 @@ class Run:
                 raise ValueError("its checksum differs")
             return arrays, {key: meta[key] for key in ("seconds", "commit", "warnings")}
         except Exception as error:  # What NumPy and zipfile raise depends on the byte hit.
-            shown = path.relative_to(self.workdir)
+            shown = path.relative_to(self.workdir) if self.workdir in path.parents else path
             self.warn(f"{shown} is damaged and is computed again ({_one_line(error)})")
             return None
 
@@ -708,6 +723,7 @@ def _enter(
         raise UsageError(
             f"--workdir={run.shown} is not empty and no run of ours made it; give another folder"
         )
+    run._is_new = not path.exists()
     with _refused_writes(run):
         path.mkdir(parents=True, exist_ok=True)
     kept = precious and (path / precious).exists()

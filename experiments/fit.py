@@ -132,7 +132,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     shape = own.images.shape[1:]
     loaded = _read_layer(config, own.images)
     for note in loaded.notes:
-        record.warn(note)
+        record.note(note)
+    for warning in loaded.warnings:
+        record.warn(warning)
     real, impostors = (
         _read_folder(path, name, record, shape).images if path else None
         for path, name in ((config.real, "real"), (config.impostors, "impostors"))
@@ -192,7 +194,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "fnr": config.fnr,
         "threshold": threshold,
         "mean_mismatch": interop.mean_mismatch(loaded.layer, loaded.z_bar, own.images),
-        "notes": list(loaded.notes),
+        "notes": [*loaded.notes, *loaded.warnings],
         "fit_seconds": fit_seconds,
     }
     if found["num_unconverged"]:

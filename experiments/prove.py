@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments import _regeneration, _suspects
 from experiments._config import Run, check_once, setting
-from experiments._record import UsageError
+from experiments._record import UsageError, read_flags
 from flipad_jax import conventions, data, files, idx_images, metrics, report
 from flipad_jax.detection import attributor as attribution
 from flipad_jax.detection import bundle, proof, regeneration
@@ -89,6 +89,9 @@ class Config:
     places: int = setting(
         0, "Searches at once, for speed; 0: one on a CPU, 16 elsewhere.", lower_bound=0
     )
+    reuse: str = setting(
+        "", "Workdir of an earlier run with this generator, whose calibration is taken."
+    )
     attributor: str = setting("", "Folder of an attributor that looks first.")
     fnr: float = setting(
         0.02,
@@ -106,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"num_own": 10, "num_foreign": 14, "num_shown": 20, "num_starts": 2, "bank": 500},
     "demo": {},
 }
-CHANGEABLE = ("output", "fnr", "foreign_rate", "num_shown")
+CHANGEABLE = ("output", "fnr", "foreign_rate", "num_shown", "reuse")
 
 
 def default_workdir(config: Config) -> str:
@@ -156,6 +159,8 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     if not config.images:
         raise UsageError("--images is missing; see --experiment=prove --help")
     check_once(config, "processing")
+    if config.reuse and (read_flags(config.reuse) or {}).get("experiment") != "prove":
+        raise UsageError(f"--reuse={config.reuse} is no workdir of --experiment=prove")
     found = _suspects.find(config.images, record.workdir)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
     _suspects.check_output(output, COLUMNS, record.workdir)
@@ -178,7 +183,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     decoded, rejected = _decoded(config, record, generator, shape, found)
     suspects = []
     if decoded:
-        digest = _digest(generator, *known)
+        digest = _digest(config, generator, *known)
         calibrations = _calibrate(config, record, generator, bank, known, digest, judging)
         suspects = _search_all(
             config, record, generator, bank, decoded, calibrations, judging, digest
@@ -261,9 +266,12 @@ def _usable_images(folder: str, shape, seed: int) -> Iterator[np.ndarray]:
             yield image
 
 
-def _digest(generator: _regeneration.Generator, own: np.ndarray, foreign: np.ndarray) -> str:
-    """Of all that a kept stage rests on, but for settings; own images change with `apply`."""
-    digest = hashlib.sha256(_regeneration.weights_sha256(generator).encode())
+def _digest(
+    config: Config, generator: _regeneration.Generator, own: np.ndarray, foreign: np.ndarray
+) -> str:
+    """Of all that a search rests on, but for its name; own images change with `apply`."""
+    settings = (config.seed, config.num_starts, config.bank)
+    digest = hashlib.sha256(f"{_regeneration.weights_sha256(generator)} {settings}".encode())
     digest.update(own.tobytes())
     digest.update(foreign.tobytes())
     return digest.hexdigest()[:12]
@@ -271,8 +279,16 @@ def _digest(generator: _regeneration.Generator, own: np.ndarray, foreign: np.nda
 
 def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[str, Calibration]:
     """Own and foreign images under every search."""
+    stages = Path(config.reuse).expanduser() / "stages"
+    if config.reuse and not any(stages.glob(f"own-*-{digest}.npz")):
+        record.warn(
+            f"--reuse={config.reuse} was calibrated for another generator, other foreign images or "
+            "other settings of the search: calibrating anew"
+        )
     found = {}
-    for number, kind in enumerate(config.processing):
+    for kind in config.processing:
+        # Its own random stream, whatever other searches there are.
+        number = _regeneration.PROCESSINGS.index(kind)
         results: dict[str, dict[str, np.ndarray]] = {}
         excess: dict[str, np.ndarray] = {}
         sets = [("own", known[0], kind), ("foreign", known[1], kind)]
@@ -290,7 +306,8 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
                     config, record, generator, bank, treated, kind, search_rng, text
                 )
 
-            results[which] = record.stage(f"{which}-{kind}-{digest}", compute, text=text)
+            name = f"{which}-{kind}-{digest}"
+            results[which] = record.stage(name, compute, text=text, reuse=config.reuse)
             if kind == "noise":
                 excess[which] = proof.noise_excess(results[which]["image"], treated)
         size = generator.latent_dim + _regeneration.num_unknowns(kind)
@@ -389,22 +406,23 @@ def _search_block(
 ) -> dict[str, "Suspect"]:
     name = hashlib.sha256("".join(block).encode()).hexdigest()[:12]
     best: dict[str, tuple[tuple[int, float], Suspect]] = {}
-    for number, kind in enumerate(config.processing):
+    for kind in config.processing:
         todo = [sha for sha in block if sha not in best or best[sha][1].row.verdict != "proved"]
         if not todo:
             break
         images = np.stack([by_pixels[sha] for sha in todo])
         text = f"{len(todo)} suspects" + (f", {kind}" if kind != "none" else "")
 
-        def compute(images=images, kind=kind, number=number, text=text, todo=todo):
-            search_rng = _regeneration.rng(config, 4, number)
+        def compute(images=images, kind=kind, text=text, todo=todo):
+            search_rng = _regeneration.rng(config, 4, _regeneration.PROCESSINGS.index(kind))
             # What is found of an image does not depend on what lies beside it.
             names = [int(sha[:8], 16) for sha in todo]
             return _regeneration.search(
                 config, record, generator, bank, images, kind, search_rng, text, names
             )
 
-        result = record.stage(f"search-{kind}-{name}-{digest}", compute, text=text)
+        stage = f"search-{kind}-{name}-{digest}"
+        result = record.stage(stage, compute, text=text, reuse=config.reuse)
         for place, sha in enumerate(todo):
             suspect = _judged(
                 config, generator, calibrations[kind], judging, kind, result, place, by_pixels[sha]

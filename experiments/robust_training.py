@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments import _keyed
 from experiments._config import Run, check_once, setting
-from flipad_jax import perturbations, report
+from flipad_jax import data, perturbations, report
 from flipad_jax.generators import sampling
 from flipad_jax.perturbations import differentiable
 from flipad_jax.registry import attributability, user_generators
@@ -243,10 +243,8 @@ def _treated(images: np.ndarray, name: str, rng: jax.Array, *, real_codec: bool)
     found = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
-        padded = np.concatenate(
-            [batch, np.zeros((_BATCH - len(batch), *batch.shape[1:]), np.uint8)]
-        )
-        done = np.asarray(_treat(rng, jnp.int32(start), jnp.asarray(padded), name, not real_codec))
+        full = jnp.asarray(data.filled(batch, _BATCH))
+        done = np.asarray(_treat(rng, jnp.int32(start), full, name, not real_codec))
         found.append(done[: len(batch)])
     treated = np.concatenate(found)
     if real_codec and name in ("jpeg", "combination"):

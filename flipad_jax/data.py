@@ -46,6 +46,7 @@ __all__ = [
     "decode",
     "decode_image",
     "decoding",
+    "filled",
     "find_images",
     "iter_images",
     "load",
@@ -179,6 +180,22 @@ def to_uint8(x: Any) -> np.ndarray:
             "there is no 8-bit value for them"
         )
     return np.rint(127.5 * (np.clip(x, -1.0, 1.0) + 1.0)).astype(np.uint8)
+
+
+def filled(rows: Any, size: int | None = None) -> Any:
+    """A batch, filled up with its last row: any number of rows runs one of a few programs.
+
+    Args:
+      rows: `[n, ...]`, NumPy or JAX, n >= 1.
+      size: rows to fill up to, n or more; by default a power of two, 16 at least.
+    Returns:
+      `[size, ...]`, the first n of them `rows`.
+    """
+    if size is None:
+        size = max(16, 1 << (len(rows) - 1).bit_length())
+    if size == len(rows):
+        return rows
+    return rows[np.minimum(np.arange(size), len(rows) - 1)]
 
 
 def check_images(images: Any, *, shape: tuple[int, int, int] | None = None) -> Any:

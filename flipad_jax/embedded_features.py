@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from flipad_jax import data
 from flipad_jax.generators import layers
 
 __all__ = ["NAME", "NUM_CLASSES", "NUM_FEATURES", "Network", "features", "load", "prepare"]
@@ -106,7 +107,6 @@ def features(images: np.ndarray | jax.Array, *, batch_size: int = 256) -> np.nda
     found = [np.zeros((0, NUM_FEATURES), np.float32)]
     for start in range(0, len(images), batch_size):
         batch = jnp.asarray(images[start : start + batch_size])
-        padding = batch_size - len(batch)  # one shape, compiled once
-        padded = jnp.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        found.append(np.asarray(_features(params, padded))[: len(batch)])
+        values = _features(params, data.filled(batch, batch_size))
+        found.append(np.asarray(values)[: len(batch)])
     return np.concatenate(found)

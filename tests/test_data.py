@@ -126,6 +126,19 @@ def test_check_images_names_the_bad_ones():
         data.check_images(images)
 
 
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+def test_any_number_of_rows_is_filled_up_to_one_of_a_few(asarray):
+    sizes = set()
+    for count in (1, 15, 16, 17, 64, 100):
+        rows = asarray(np.arange(2 * count).reshape(count, 2))
+        for full in (data.filled(rows), data.filled(rows, 128)):
+            np.testing.assert_array_equal(full[:count], rows)
+            np.testing.assert_array_equal(full[count:], np.tile(rows[-1], (len(full) - count, 1)))
+        assert len(data.filled(rows, 128)) == 128
+        sizes.add(len(data.filled(rows)))
+    assert sizes == {16, 32, 64, 128}
+
+
 def test_check_images_shape_and_channels_first():
     with pytest.raises(ValueError, match=r"\[n, 4, 4, 3\].*\(1, 4, 5, 3\)"):
         data.check_images(np.zeros((1, 4, 5, 3), np.uint8), shape=(4, 4, 3))

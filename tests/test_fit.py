@@ -68,7 +68,9 @@ def test_the_files_give_the_attributor_that_the_library_gives(workdir):
 
 
 def test_results_and_page_say_what_was_fitted(workdir):
-    found = json.loads((workdir / "results.json").read_text())["metrics"]
+    results = json.loads((workdir / "results.json").read_text())
+    found = results["metrics"]
+    assert not any("bias" in warning for warning in results["warnings"])  # a fact
     assert found["num_generated"] == 800 and found["num_calibration"] == 200
     assert found["smallest_certifiable_fnr"] == pytest.approx(1 / 201)
     assert [row["path"] for row in found["left_out"]] == ["broken.png"]

@@ -114,6 +114,39 @@ def test_another_rate_searches_nothing_again(finished, monkeypatch):
     assert {p: r["rmse"] for p, r in after.items()} == {p: r["rmse"] for p, r in before.items()}
 
 
+def test_another_folder_takes_the_calibration_of_the_first(
+    finished, folders, tmp_path, monkeypatch
+):
+    workdir, flags, own = finished
+    data.write_images(tmp_path / "one", own[:1])
+    flags = [flag for flag in flags if not flag.startswith("--images")] + [
+        f"--images={tmp_path / 'one'}",
+        f"--reuse={workdir}",
+    ]
+    searched, regenerate = [], regeneration.regenerate
+
+    def counted(generator, images, *args, **kwargs):
+        searched.append(len(images))
+        return regenerate(generator, images, *args, **kwargs)
+
+    monkeypatch.setattr(regeneration, "regenerate", counted)
+    assert run(tmp_path / "second", *flags) == 0
+    assert searched == [1]
+    first, second = (
+        json.loads((folder / "results.json").read_text())["metrics"]["rests_on"]
+        for folder in (workdir, tmp_path / "second")
+    )
+    assert first == second
+    # It is a run of its own now; and other settings of the search are not the same calibration.
+    assert {path.name for path in (tmp_path / "second" / "stages").glob("own-*")} == {
+        path.name for path in (workdir / "stages").glob("own-*")
+    }
+    assert run(tmp_path / "third", *flags, "--num_starts=1") == 0
+    assert searched[1:] == [60, 40, 1]
+    warned = json.loads((tmp_path / "third" / "results.json").read_text())["warnings"]
+    assert any("calibrating anew" in text for text in warned)
+
+
 def test_processed_images_are_found_by_the_search_that_knows(folders, tmp_path):
     root, own = folders
     dark = np.clip(np.round(own * 0.8), 0, 255).astype(np.uint8)
@@ -203,12 +236,14 @@ def test_noise_is_searched_and_told(folders, tmp_path):
         (("--generator=toy_model:missing",), "cannot be imported"),
         (("--generator=toy_model:no_generator",), "returned int"),
         (("--generator=toy_model:latent_generator",), "--foreign is missing"),
+        (("--reuse=nowhere",), "--reuse=nowhere is no workdir"),
     ],
 )
 def test_mistakes_are_named(folders, tmp_path, capsys, flags, words):
     images = (f"--images={folders[0] / 'suspects'}",) if flags else ()
     assert run(tmp_path / "run", *flags, *images) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 FLAGS = ("--generator=toy_model:latent_generator", "--num_own=60", "--num_foreign=40")

@@ -363,14 +363,12 @@ def _batches(
 ) -> Iterator[tuple[int, int, Any]]:
     """(first image, how many count, batch) for all images, or those from `first` to before `last`.
 
-    The last batch is filled up to a power of two, 16 at least, with its last image: a folder of
-    any length compiles a few programs and not one of its own.
+    The last batch is filled up, see `data.filled`.
     """
     last = len(images) if last is None else last
     for start in range(first, last, size):
-        count = min(size, last - start)
-        padded = min(size, max(16, 1 << (count - 1).bit_length()))
-        yield start, count, images[np.minimum(np.arange(start, start + padded), start + count - 1)]
+        batch = images[start : min(start + size, last)]
+        yield start, len(batch), data.filled(batch)[:size]
 
 
 def _kept_parts(

@@ -224,8 +224,7 @@ def _batches(images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 def _filled_residuals(batch: np.ndarray, batch_size: int) -> np.ndarray:
     """Residuals of up to `batch_size` images, filled up to them: one shape, one compilation."""
-    filled = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)], mode="edge")
-    return np.asarray(_residuals_of_batch(filled))[: len(batch)]
+    return np.asarray(_residuals_of_batch(data.filled(batch, batch_size)))[: len(batch)]
 
 
 def _checked(

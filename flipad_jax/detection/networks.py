@@ -125,7 +125,6 @@ def ask(
     found = [np.zeros(0)]
     for start in range(0, len(rows), batch_size):
         batch = data.to_float(rows[start : start + batch_size])
-        count = len(batch)
-        batch = np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge")
-        found.append(np.asarray(compute(model, batch, put), np.float64)[:count])
+        values = np.asarray(compute(model, data.filled(batch, batch_size), put), np.float64)
+        found.append(values[: len(batch)])
     return np.concatenate(found)

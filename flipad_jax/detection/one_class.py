@@ -47,7 +47,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from flipad_jax import parallel
+from flipad_jax import data, parallel
 from flipad_jax.detection import classifier, reconstruction
 from flipad_jax.detection.classifier import Classifier
 from flipad_jax.detection.feature_rows import FeatureRows
@@ -200,8 +200,7 @@ def _batches(z: np.ndarray | FeatureRows, batch_size: int):
     """Batches of one shape (the last filled up with its last image), and how many of each count."""
     for start in range(0, z.shape[0], batch_size):
         batch = np.asarray(z[start : start + batch_size], np.float32)
-        count = batch.shape[0]
-        yield np.pad(batch, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)], mode="edge"), count
+        yield data.filled(batch, batch_size), len(batch)
 
 
 def fit(

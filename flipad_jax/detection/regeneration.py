@@ -441,17 +441,12 @@ def make_images(generator: TrainedGenerator | LatentGenerator, latents: np.ndarr
     blocks = []
     for start in range(0, len(latents), 256):
         block = latents[start : start + 256]
-        blocks.append(np.asarray(_make_all(generator, jnp.asarray(_filled(block))))[: len(block)])
+        blocks.append(
+            np.asarray(_make_all(generator, jnp.asarray(data.filled(block))))[: len(block)]
+        )
     return (
         np.concatenate(blocks) if blocks else np.zeros((0, *check_generator(generator)), np.uint8)
     )
-
-
-def _filled(rows: np.ndarray) -> np.ndarray:
-    """Up to 256 rows, filled up with the last one to a power of two, 16 at least: any number of
-    images runs one of a few programs."""
-    size = max(16, 1 << (len(rows) - 1).bit_length())
-    return rows[np.minimum(np.arange(size), len(rows) - 1)]
 
 
 @jax.jit
@@ -695,7 +690,9 @@ def _describe(
         part = slice(start, start + 256)
         z = np.concatenate([best.latent[part], best.unknowns[part]], axis=1)
         described = jax.device_get(
-            _describe_all(model, jnp.asarray(_filled(images[part])), jnp.asarray(_filled(z)))
+            _describe_all(
+                model, jnp.asarray(data.filled(images[part])), jnp.asarray(data.filled(z))
+            )
         )
         before, after, misfit, equations = (values[: len(z)] for values in described)
         best.image[part], best.processed[part] = before, after

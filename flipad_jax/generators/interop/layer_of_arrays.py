@@ -63,12 +63,14 @@ class LoadedLayer(NamedTuple):
     Attributes:
       layer: float32.
       z_bar: mean activation in the shape that the operator takes, float32.
-      notes: what a user should know of it, one line each.
+      notes: what was found, one line each.
+      warnings: what looks wrong, one line each.
     """
 
     layer: FinalLayer
     z_bar: jax.Array
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def final_layer(
@@ -114,7 +116,7 @@ def final_layer(
       bias: name of its array. If None, an array called bias beside the kernel is used.
       layout: one of `LAYOUTS`.
     Returns:
-      The layer, z_bar, and notes: what was found and what looks wrong.
+      The layer, z_bar, what was found and what looks wrong.
     Raises:
       ValueError: if a name is unknown, something has the wrong shape or holds NaN, or the layer
         does not make images of this shape.
@@ -137,6 +139,7 @@ def final_layer(
     weights = finite(name, arrays[name])
     z_bar = finite("the mean activation", mean_activation)
     notes: list[str] = []
+    warnings: list[str] = []
     offset = find_bias(arrays, name, bias, layer, image_shape, layout, notes)
     kernel = to_own_layout(name, weights, layer, layout, image_shape)
     z_bar = _mean_to_own_layout(z_bar, layer, layout)
@@ -152,7 +155,7 @@ def final_layer(
         flipped, mismatch_flipped = build(kernel[::-1, ::-1])
         as_it_is = mismatch < _CLEARLY_BETTER * mismatch_flipped
         clear = as_it_is or mismatch_flipped < _CLEARLY_BETTER * mismatch
-        notes.append(
+        (notes if clear else warnings).append(
             f"the kernel is taken {'as it is' if as_it_is else 'flipped, as Flax holds it'}: the "
             f"mean of the images is off by {mismatch:.2f} as it is, by {mismatch_flipped:.2f} "
             f"flipped{'' if clear else ', which does not tell which is right'}"
@@ -160,13 +163,13 @@ def final_layer(
         if not as_it_is:
             made, mismatch = flipped, mismatch_flipped
     if not mismatch <= MISMATCH_BOUND:
-        notes.append(
+        warnings.append(
             f"the layer does not fit the images: their mean is off by {mismatch:.2f} (at most "
             f"{MISMATCH_BOUND} is expected), so weights, layout, strides, padding, bias, "
             "activation or mean activation may not be those that made them, or something is added "
             "after the last layer"
         )
-    return LoadedLayer(made, jnp.asarray(z_bar), tuple(notes))
+    return LoadedLayer(made, jnp.asarray(z_bar), tuple(notes), tuple(warnings))
 
 
 def _find_kernel(arrays: Mapping[str, np.ndarray], last_layer: str) -> str:
