@@ -202,7 +202,8 @@ def test_impostors_teach_a_statistic(tmp_path):
         progress=lambda what, done, total: seen.append((what, done, total)),
     )
     assert ("learning from impostors, steps", 40, 40) in seen
-    assert ("inverting own images", 200, 200) in seen  # 100 for reference and 100 of 200.
+    assert ("inverting own images for reference", 100, 100) in seen
+    assert ("inverting own images", 100, 100) in seen  # of 200
     assert fitted.detector.reference.shape == (4, 100)
     images = np.concatenate([OWN[:5], REAL[:5]])
     flipad_jax.save(fitted, tmp_path)
@@ -468,7 +469,7 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_attributor(detector, monkeypa
     assert all(jax.tree.leaves(same))
     np.testing.assert_array_equal(found.calibration_scores, expected.calibration_scores)
     names = {
-        "one_class": ["own-0", "own-128", "own-256", "calibration-0"],
+        "one_class": ["reference-0", "own-0", "own-128", "calibration-0"],
         "deepsad": ["own-0", "own-128", "own-256", "real-0", "real-128"]
         + ["deepsad, epoch 1", "deepsad, epoch 2", "calibration-0"],
     }

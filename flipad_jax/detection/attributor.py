@@ -561,6 +561,88 @@ def _deepsad_detector(raw, kept_parts, own_images, real_images, rng, config, pro
     return DeepSADDetector(fitted, model), None if moments is None else _profile(moments)
 
 
+def _one_class_detector(
+    layer, raw, kept_parts, given, generated, rest, impostors, rng, train_rng, config, progress
+) -> tuple[OneClass, ActivationProfile]:
+    """The one-class detector and the profile of own activations.
+
+    `given` are all own images as they came, `generated` as they are judged (`config.immunize`),
+    `rest` the places of those that do not calibrate. The first of these are for reference.
+    """
+    parts = own_parts(config, len(generated), with_impostors=impostors is not None)
+    reference, fitting = rest[: parts.reference], rest[parts.reference :]
+
+    def inverted(images, name, what):
+        rows = FeatureRows((len(images), *layer.operator.input_shape))
+
+        def activations(first, last):
+            found = raw(images, f"inverting {what}", first, last)
+            return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
+
+        for start, part in kept_parts(len(images), name, activations):
+            rows[start : start + len(part["rows"])] = part["rows"]
+        return rows
+
+    held_out = inverted(generated[reference], "reference", "own images for reference")
+    fitted_on = inverted(generated[fitting[: parts.inverted]], "own", "own images")
+    moments = map(_moments, fitted_on.batches(config.batch_size))
+    profile = _profile(functools.reduce(_merge_moments, moments))
+    lookalikes = {}
+    if config.num_altered:
+        progress("altering own images", 0, config.num_altered)
+        stream = int(jax.random.randint(jax.random.fold_in(rng, 3), (), 0, 2**31 - 1))
+        copies = perturbations.alter(given[fitting], stream, config.num_altered)
+        # Altered first: what is done to all images is done to a rival's, too.
+        lookalikes["altered"] = _treated(config, copies, rng, 2)
+        progress("altering own images", config.num_altered, config.num_altered)
+    if impostors is not None:
+        lookalikes["impostors"] = _treated(config, impostors, rng, 3)
+    own = generated[fitting] if lookalikes else generated[:0]
+    learned: dict[str, tuple[Any, Any, str]] = {
+        name: (own, others, "images") for name, others in lookalikes.items()
+    }
+    if config.num_altered:
+        copies = lookalikes["altered"][: num_altered_inverted(layer, config)]
+        if len(copies):
+            rows = inverted(copies, "altered", "altered copies")
+            learned["altered_activations"] = (fitted_on, rows, "activations")
+    classifiers: dict[str, Classifier | Reconstructor] = {}
+    for number, name in enumerate(one_class.CLASSIFIERS):
+        if name in learned:
+            mine, others, reads = learned[name]
+            what = f"learning from {_LEARNED[name]}, steps"
+            classifiers[name] = classifier.fit(
+                jax.random.fold_in(train_rng, number),
+                mine,
+                others,
+                config.classifier,
+                reads=reads,
+                progress=functools.partial(_report, progress, what, config.classifier.num_steps),
+            )
+    if config.draws:
+        what = "learning to draw own images, steps"
+        steps = config.reconstruction.num_steps
+        processed = [
+            _treated(config, given[fitting], rng, 6 + number) for number in range(_PROCESSED_ANEW)
+        ]
+        number = one_class.CLASSIFIERS.index("reconstruction")
+        classifiers["reconstruction"] = reconstruction.fit(
+            jax.random.fold_in(train_rng, number),
+            given[fitting],
+            processed,
+            config.reconstruction,
+            progress=functools.partial(_report, progress, what, steps),
+        )
+    detector = one_class.fit(
+        fitted_on,
+        held_out,
+        config.one_class,
+        classifiers=classifiers,
+        reference_images=generated[reference],
+    )
+    return detector, profile
+
+
 def fit(
     layer: FinalLayer,
     z_bar: np.ndarray | jax.Array,
@@ -687,90 +769,18 @@ def fit(
     profile = None
     detector: OneClass | DeepSADDetector
     if config.detector == "one_class":
-        parts = own_parts(config, len(generated), with_impostors=impostors is not None)
-        reference, fitting = rest[: parts.reference], rest[parts.reference :]
-        inverted = fitting[: parts.inverted]
-        chosen = generated[np.concatenate([reference, inverted])]
-        activation = layer.operator.input_shape
-        held_out = FeatureRows((len(reference), *activation))
-        fitted_on = FeatureRows((len(inverted), *activation))
-
-        def activations(first, last):
-            found = raw(chosen, "inverting own images", first, last)
-            return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
-
-        for start, part in kept_parts(len(chosen), "own", activations):
-            rows = part["rows"]
-            cut = min(max(len(reference) - start, 0), len(rows))
-            if cut:
-                held_out[start : start + cut] = rows[:cut]
-            if cut < len(rows):
-                first = start + cut - len(reference)
-                fitted_on[first : first + len(rows) - cut] = rows[cut:]
-        moments = map(_moments, fitted_on.batches(config.batch_size))
-        profile = _profile(functools.reduce(_merge_moments, moments))
-        lookalikes = {}
-        if config.num_altered:
-            progress("altering own images", 0, config.num_altered)
-            stream = int(jax.random.randint(jax.random.fold_in(rng, 3), (), 0, 2**31 - 1))
-            copies = perturbations.alter(given[fitting], stream, config.num_altered)
-            # Altered first: what is done to all images is done to a rival's, too.
-            lookalikes["altered"] = _treated(config, copies, rng, 2)
-            progress("altering own images", config.num_altered, config.num_altered)
-        if impostors is not None:
-            lookalikes["impostors"] = _treated(config, impostors, rng, 3)
-        own = generated[fitting] if lookalikes else generated[:0]
-        learned: dict[str, tuple[Any, Any, str]] = {
-            name: (own, others, "images") for name, others in lookalikes.items()
-        }
-        if config.num_altered:
-            copies = lookalikes["altered"][: num_altered_inverted(layer, config)]
-            if len(copies):
-                rows = FeatureRows((len(copies), *activation))
-
-                def altered_activations(first, last):
-                    found = raw(copies, "inverting altered copies", first, last)
-                    return {"rows": np.concatenate([np.asarray(batch) for _, batch in found])}
-
-                for start, part in kept_parts(len(copies), "altered", altered_activations):
-                    rows[start : start + len(part["rows"])] = part["rows"]
-                learned["altered_activations"] = (fitted_on, rows, "activations")
-        classifiers: dict[str, Classifier | Reconstructor] = {}
-        for number, name in enumerate(one_class.CLASSIFIERS):
-            if name in learned:
-                mine, others, reads = learned[name]
-                what = f"learning from {_LEARNED[name]}, steps"
-                classifiers[name] = classifier.fit(
-                    jax.random.fold_in(train_rng, number),
-                    mine,
-                    others,
-                    config.classifier,
-                    reads=reads,
-                    progress=functools.partial(
-                        _report, progress, what, config.classifier.num_steps
-                    ),
-                )
-        if config.draws:
-            what = "learning to draw own images, steps"
-            steps = config.reconstruction.num_steps
-            processed = [
-                _treated(config, given[fitting], rng, 6 + number)
-                for number in range(_PROCESSED_ANEW)
-            ]
-            number = one_class.CLASSIFIERS.index("reconstruction")
-            classifiers["reconstruction"] = reconstruction.fit(
-                jax.random.fold_in(train_rng, number),
-                given[fitting],
-                processed,
-                config.reconstruction,
-                progress=functools.partial(_report, progress, what, steps),
-            )
-        detector = one_class.fit(
-            fitted_on,
-            held_out,
-            config.one_class,
-            classifiers=classifiers,
-            reference_images=generated[reference],
+        detector, profile = _one_class_detector(
+            layer,
+            raw,
+            kept_parts,
+            given,
+            generated,
+            rest,
+            impostors,
+            rng,
+            train_rng,
+            config,
+            progress,
         )
     else:
         detector, profile = _deepsad_detector(
