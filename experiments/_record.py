@@ -62,6 +62,7 @@ __all__ = [
 _HEADER = "# A run of flipad_jax."
 _STAGE_RECORD = "__stage__"
 _KEEP_EVERY = 10.0  # seconds of work that a kill may cost; what is quicker is not worth writing
+_SAY_EVERY = 60.0  # seconds, where there is no terminal to draw a bar on
 _ROOM = 2**26  # bytes: below this no run begins
 
 
@@ -137,7 +138,7 @@ def plain(value: Any, name: str, non_finite: list[str]) -> Any:
 
 
 class Progress:
-    """A bar on stderr with the time left; two plain lines where stderr is no terminal.
+    """A bar on stderr with the time left; where that is no terminal plain lines, one a minute.
 
     Iterate over it, or use it as a context and call `update` after every part.
     """
@@ -146,15 +147,16 @@ class Progress:
         self._items = range(items) if isinstance(items, int) else items
         self._what = what
         self._stream = sys.stderr if stream is None else stream
+        self._total = len(self._items) if isinstance(self._items, Sized) else None
         self._bar: Any = None
-        self._started = 0.0
+        self._done = 0
+        self._started = self._said = 0.0
 
     def __enter__(self) -> "Progress":
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
         if self._stream.isatty():
-            total = len(self._items) if isinstance(self._items, Sized) else None
             self._bar = tqdm.tqdm(
-                total=total, desc=self._what, file=self._stream, dynamic_ncols=True
+                total=self._total, desc=self._what, file=self._stream, dynamic_ncols=True
             )
         else:
             print(f"{self._what} ...", file=self._stream, flush=True)
@@ -174,6 +176,20 @@ class Progress:
             if values:
                 self._bar.set_postfix(values, refresh=False)
             self._bar.update(count)
+            return
+        self._done += count
+        clock = time.monotonic()
+        if clock - self._said >= _SAY_EVERY and self._done != self._total:
+            self._said = clock
+            line = f"{self._what}: {self._so_far(clock - self._started)}"
+            line += "".join(f", {name} {value:.4g}" for name, value in values.items())
+            print(line, file=self._stream, flush=True)
+
+    def _so_far(self, seconds: float) -> str:
+        if not self._total or not self._done:
+            return f"{self._done} in {tqdm.tqdm.format_interval(seconds)}"
+        left = tqdm.tqdm.format_interval(seconds * (self._total - self._done) / self._done)
+        return f"{self._done} of {self._total}, some {left} left"
 
     def __iter__(self) -> Iterator[Any]:
         with self:

@@ -963,6 +963,21 @@ def test_progress_is_a_bar_in_a_terminal_and_two_lines_elsewhere():
     assert "dividing: stopped after" in broken.text and "done" not in broken.text
 
 
+def test_a_log_is_told_once_a_minute_how_far_it_is(monkeypatch):
+    clock = iter(range(0, 1000, 25))  # seconds, at every look
+    monkeypatch.setattr(_record.time, "monotonic", lambda: next(clock))
+    log = Stream(False)
+    with _record.Progress(100, "training", stream=log) as bar:
+        for _ in range(9):
+            bar.update(10, loss=0.12345)
+    said = log.text.splitlines()[1:-1]
+    assert said[0] == "training: 30 of 100, some 02:55 left, loss 0.1235"
+    assert 1 < len(said) < 9
+    with _record.Progress(iter("abcdefgh"), "reading", stream=log) as found:
+        assert list(found) == list("abcdefgh")
+    assert "reading: 3 in " in log.text
+
+
 def test_every_part_of_a_work_has_a_bar_of_its_own(tmp_path, monkeypatch):
     """Another name, a count that starts over, or more after the end: all of them are parts."""
     stream = Stream(False)
