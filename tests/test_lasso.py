@@ -53,6 +53,35 @@ def test_equals_scikit_learn_on_the_materialised_operator(problem, method):
         assert 0.02 < np.mean(np.abs(solution) > 1e-6) < 0.98
 
 
+def _hard_layer(num_inputs, num_outputs, smallest):
+    """A dense layer whose A A^T falls geometrically to `smallest`, its targets and foreign ones."""
+    rng = np.random.default_rng(0)
+    rank = min(num_inputs, num_outputs)
+    left, _ = np.linalg.qr(rng.standard_normal((num_inputs, rank)))
+    right, _ = np.linalg.qr(rng.standard_normal((num_outputs, rank)))
+    matrix = (left * np.sqrt(np.logspace(0, np.log10(smallest), rank))) @ right.T
+    own = (np.maximum(rng.standard_normal((2, num_inputs)), 0) - 0.4) @ matrix
+    foreign = rng.standard_normal((2, num_outputs))
+    foreign *= np.linalg.norm(own) / np.linalg.norm(foreign)
+    return matrix, np.concatenate([own, foreign])
+
+
+@pytest.mark.parametrize(
+    "num_inputs, num_outputs, smallest, most",
+    [(400, 144, 1e-5, 3000), (144, 400, 0.3, 300)],
+    ids=["nearly singular", "fewer activations"],
+)
+def test_layers_that_the_primal_dual_method_is_slow_on(num_inputs, num_outputs, smallest, most):
+    matrix, targets = _hard_layer(num_inputs, num_outputs, smallest)
+    op = linops.dense(matrix.astype(np.float32), output_shape=(1, 1, num_outputs))
+    o = targets.reshape(4, 1, 1, -1).astype(np.float32)
+    z, info = lasso.solve(op, o, lam=5e-4, tol=1e-2)
+    assert info.converged.all() and info.num_iters.max() <= most
+    for solution, target in zip(np.asarray(z, np.float64), np.float64(o), strict=True):
+        gap = lasso_gap(matrix.T, solution, target, 5e-4)
+        assert gap <= 1.05e-2 * lasso_value(matrix.T, solution, target, 5e-4)
+
+
 def test_gap_is_never_below_the_true_suboptimality(problem):
     op, matrix, targets = problem
     best, info = lasso.solve(op, targets, lam=LAM, tol=1e-10, max_iters=50_000)
