@@ -18,6 +18,7 @@ An experiment is a module of this package whose name does not start with an unde
     CHANGEABLE = ("fnr",)   # optional: every start runs anew, on what the workdir keeps, and
                             # these settings may differ from those of the last start; the others
                             # are remembered where --workdir is given
+    MOVABLE = ("images",)   # optional, beside CHANGEABLE: may differ too, but are remembered
     TOGETHER = True         # optional: several processes can run it, though it has CHANGEABLE: it
                             # keeps nothing but in record.common, and decides alike in all
     PRECIOUS = "keys.json"  # optional: a workdir with this file is never overwritten
@@ -449,12 +450,13 @@ def execute(
     texts = _flag_texts(module, experiment, preset, config)
     summary = getattr(module, "summary", None)
     changeable = getattr(module, "CHANGEABLE", None)
+    movable = getattr(module, "MOVABLE", ())
     with open_workdir(
         workdir,
         texts,
         overwrite=overwrite,
         commit=commit,
-        changeable=changeable or (),
+        changeable=(*(changeable or ()), *movable),
         precious=getattr(module, "PRECIOUS", None),
         defaults=_flag_texts(module, experiment, preset, module.Config()),
     ) as record:
@@ -464,6 +466,7 @@ def execute(
                 record.say(f"{record.shown} is complete since {results.get('finished')}.")
             else:
                 record.need_room()
+                record.set_results_aside()
                 with _profiled(profile):
                     results = _compute(module, config, record, experiment, preset, command)
             if summary is not None:
@@ -473,6 +476,7 @@ def execute(
             again = ["python", "run.py", f"--flagfile={Path(record.shown) / 'config.flags'}"]
             error.add_note(f"go on with: {shlex.join([*again, f'--workdir={record.shown}'])}")
             if isinstance(error, _USER_ERRORS) and not out_of_room(error):
+                record.put_results_back()
                 record.withdraw()
             raise
         return results

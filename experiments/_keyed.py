@@ -40,6 +40,7 @@ __all__ = [
     "Settings",
     "UserModel",
     "check",
+    "check_room",
     "features_name",
     "frechet_statistics",
     "keys_text",
@@ -54,6 +55,7 @@ __all__ = [
     "rng",
     "root_test_images",
     "weights_of",
+    "why_missed",
     "with_weights",
 ]
 
@@ -194,6 +196,30 @@ def check(settings: KeySettings) -> None:
         settings.key_config(method)
     if isinstance(settings, ModelSettings):
         settings.keyed_config()
+
+
+def check_room(settings: KeySettings, root: TrainedGenerator, flag: str, needed: int) -> None:
+    """Every key at right angles to all others takes a direction of its own.
+
+    Args:
+      settings: may keep keys to the lowest frequencies, which leaves fewer directions.
+      root: G_0.
+      flag: what asks for the keys, for the message.
+      needed: directions.
+    Raises:
+      ValueError: if there are fewer.
+    """
+    height, width, channels = root.image_shape
+    band = settings.key_bandwidth
+    room = min(band or height, height) * min(band or width, width) * channels
+    if needed > room:
+        where = f"images of {room} numbers have"
+        if band:
+            where = f"their lowest {band} x {band} frequencies (--key_bandwidth={band}) have"
+        raise ValueError(
+            f"{flag}: so many keys do not fit the root's images: {where} room for {room} of "
+            f"the {needed} directions that are needed"
+        )
 
 
 def load_root(settings: KeySettings) -> TrainedGenerator:
@@ -345,15 +371,22 @@ def make_models(
                 )
             )
             if not found[-1].reached:
-                why = (
-                    f"after {found[-1].rounds} rounds: more --max_rounds, or more --num_steps"
-                    if found[-1].rounds
-                    else "with any gamma: too many real images are on its side of the key"
-                )
+                rounds = found[-1].rounds
                 record.warn(
-                    f"{name} {first + index}: D is not {1 - settings.delta:g} or more {why}"
+                    f"{name} {first + index + 1}: D is below {1 - settings.delta:g} after {rounds} "
+                    f"rounds; {why_missed(rounds)}"
                 )
     return found
+
+
+def why_missed(rounds: int) -> str:
+    """What to say of a model that Algorithm 1 left below the wanted D, after so many rounds."""
+    if rounds:
+        return "more --max_rounds or --num_steps may help"
+    return (
+        "it was not trained, as no gamma would do: too many real images are on its side of the "
+        "key, or no shift within the pixels' range is seen"
+    )
 
 
 def _search(settings, record, root, images, keys, first, config) -> dict[str, np.ndarray]:
@@ -458,7 +491,7 @@ def measure(
                 error = difference - gamma * keys[index]
                 images = data.to_uint8(made)
                 found.append(attributability.responses(keys, images))
-                errors.append(attributability.responses(keys, error))
+                errors.append(attributability.project(keys, error))
                 flat = error.reshape(count, -1).astype(np.float64)
                 total, squares = total + flat.sum(axis=0), squares + np.square(flat).sum(axis=0)
                 norms += np.linalg.norm(difference.reshape(count, -1), axis=1).sum(dtype=np.float64)

@@ -292,7 +292,7 @@ def training_images(dataset: str, image_size: int, num_images: int = 0) -> jax.S
     """
     count, channels = {"digits": (4000, 1), "photos": (8000, 3)}.get(dataset, (10_000, 3))
     if os.path.isdir(dataset):
-        root, names, _ = data.find_images(dataset)
+        root, names, *_ = data.find_images(dataset)
         count = len(names) * 8 // 10
         decoded = (data.decode_image(os.path.join(root, name))[0] for name in names)
         channels = next((image.shape[2] for image in decoded if image is not None), channels)

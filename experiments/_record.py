@@ -61,6 +61,7 @@ __all__ = [
 
 _HEADER = "# A run of flipad_jax."
 _STAGE_RECORD = "__stage__"
+_ASIDE = "results.earlier.json"
 _KEEP_EVERY = 10.0  # seconds of work that a kill may cost; what is quicker is not worth writing
 _SAY_EVERY = 60.0  # seconds, where there is no terminal to draw a bar on
 _ROOM = 2**26  # bytes: below this no run begins
@@ -280,6 +281,20 @@ class Run:
                 f"written take {_mebibytes(num_bytes + _ROOM)}: make room, or give another folder"
             )
 
+    def has_kept_anything(self) -> bool:
+        """Whether this or an earlier start has written more than the settings."""
+        return _has_results(self)
+
+    def set_results_aside(self) -> None:
+        """Of an earlier start: what is computed from here on may be other results."""
+        if self._is_main and (self.workdir / "results.json").exists():
+            (self.workdir / "results.json").replace(self.workdir / _ASIDE)
+
+    def put_results_back(self) -> None:
+        """After a mistake, which has computed nothing."""
+        if self._is_main and (self.workdir / _ASIDE).exists():
+            (self.workdir / _ASIDE).replace(self.workdir / "results.json")
+
     def withdraw(self) -> None:
         """After a mistake: remove the workdir, if this run made it and has kept nothing there."""
         if self._is_main and self._is_new and not _has_results(self):
@@ -331,7 +346,7 @@ class Run:
 
         def close() -> None:
             if bar is not None:
-                bar.__exit__(None)
+                bar.__exit__(sys.exc_info()[0])
 
         try:
             yield progress
@@ -471,6 +486,7 @@ class Run:
         }
         text = json.dumps(results, indent=2, allow_nan=False)
         write_atomically(self.workdir / "results.json", text + "\n")
+        (self.workdir / _ASIDE).unlink(missing_ok=True)
         self._drop_parts()
         return json.loads(text)
 
@@ -833,6 +849,7 @@ def _repair(run: Run) -> None:
     for path in itertools.chain(*inside):
         if _is_debris(path) and path.name != ".lock":
             path.unlink()
+    (run.workdir / _ASIDE).unlink(missing_ok=True)  # of a start that was killed later on
     metrics = run.workdir / "metrics.jsonl"
     if metrics.exists():
         data = metrics.read_bytes()

@@ -1,10 +1,10 @@
 """What `prove` and `regeneration_study` share: generators by name, processing, one search."""
 
-import hashlib
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from experiments._config import Run
 from flipad_jax import perturbations
 from flipad_jax.detection import processing, regeneration
 from flipad_jax.detection.latent_inversion import LatentGenerator
-from flipad_jax.detection.regeneration import Bank, RegenerationConfig
+from flipad_jax.detection.regeneration import Bank, RegenerationConfig, weights_sha256
 from flipad_jax.generators import interop, torch_generators, zoo
 from flipad_jax.generators.sampling import TrainedGenerator
 
@@ -31,6 +31,7 @@ __all__ = [
     "processed",
     "rng",
     "search",
+    "search_in_blocks",
     "weights_sha256",
 ]
 
@@ -185,28 +186,83 @@ def search(
             before = decided
             report(part, decided, total)
 
-        result = regeneration.regenerate(
-            generator,
-            images,
-            search_rng,
-            RegenerationConfig(num_starts=settings.num_starts, places=settings.places),
-            bank=bank,
-            processing=None if name == "none" else processing.get(name),
-            names=names,
-            progress=progress,
-        )
+        return _regenerated(settings, generator, bank, images, name, search_rng, names, progress)
+
+
+def search_in_blocks(
+    settings: Any,
+    record: Run,
+    generator: Generator,
+    bank: Bank | None,
+    images: np.ndarray,
+    name: str,
+    search_rng: jax.Array,
+    what: str,
+    stage: str,
+    size: int,
+) -> dict[str, np.ndarray]:
+    """`search` inside a stage, in blocks that are kept one by one: a stop costs one of them.
+
+    What is found of an image does not depend on its block: its random streams are named by its
+    place among all images.
+
+    Args:
+      settings, record, generator, bank, images, name, search_rng, what: as `search` takes them, at
+        least one image.
+      stage: its name.
+      size: images of a block.
+    """
+    kept, found, shown = record.kept(stage), [], 0
+    with record.progress(len(images), f"{what}: searching") as bar:
+
+        def show(first: int, decided: int, total: int = 0) -> None:
+            del total
+            nonlocal shown
+            # A codec's second search counts from zero again; the bar waits for it.
+            if first + decided > shown:
+                bar.update(first + decided - shown)
+                shown = first + decided
+
+        for first in range(0, len(images), size):
+            names = range(first, min(first + size, len(images)))
+            compute = functools.partial(
+                _regenerated,
+                settings,
+                generator,
+                bank,
+                images[first : first + size],
+                name,
+                search_rng,
+                names,
+                functools.partial(show, first),
+            )
+            found.append(kept.part(f"{names.start}-{names.stop}", compute))
+            show(first, len(names))
+    return {key: np.concatenate([block[key] for block in found]) for key in found[0]}
+
+
+def _regenerated(
+    settings: Any,
+    generator: Generator,
+    bank: Bank | None,
+    images: np.ndarray,
+    name: str,
+    search_rng: jax.Array,
+    names: Sequence[int] | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, np.ndarray]:
+    """The arrays of `regeneration.regenerate`."""
+    result = regeneration.regenerate(
+        generator,
+        images,
+        search_rng,
+        RegenerationConfig(num_starts=settings.num_starts, places=settings.places),
+        bank=bank,
+        processing=None if name == "none" else processing.get(name),
+        names=names,
+        progress=progress,
+    )
     return {**result._asdict(), "replayed": np.array(result.replayed, np.str_)}
-
-
-def weights_sha256(generator: Generator) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights, in the order of the pytree."""
-    weights = generator.variables if isinstance(generator, TrainedGenerator) else generator.params
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def codimension_text(row: Mapping[str, Any]) -> str:

@@ -89,11 +89,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
             raise UsageError(f"--{name} is missing; see --experiment=attribute --help")
     settings = bundle.describe(config.attributor)
     attributor = bundle.load(config.attributor)
-    found = _suspects.find(config.images, record.workdir)
+    found = _suspects.find(config.images, record)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
-    _suspects.check_output(output, COLUMNS, record.workdir)
+    _suspects.check_output(output, COLUMNS, record)
     smallest = calibration.smallest_certifiable_fnr(len(attributor.calibration_scores))
-    if 0 < config.fnr < smallest:
+    if config.fnr < smallest:
         record.warn(
             f"{len(attributor.calibration_scores)} calibration images certify no fnr below "
             f"{smallest:.3g}; no p-value can be smaller"
@@ -308,16 +308,21 @@ class _ScoreLog:
 
 
 class _Writer:
-    """The output: CSV or JSON Lines; each block is there for readers as soon as it is written."""
+    """The output: CSV or JSON Lines; each block is there for readers as soon as it is written.
+
+    An earlier answer stays until the new one is complete.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        is_new = not path.exists() or not path.stat().st_size
+        self._written = path if is_new else path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._file: TextIO
 
     def __enter__(self) -> "_Writer":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # File names are bytes, not always text.
-        self._file = self._path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+        self._file = self._written.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         if self._path.suffix != ".jsonl":
             csv.writer(files.CsvLines(self._file)).writerow(COLUMNS)
         return self
@@ -331,8 +336,13 @@ class _Writer:
             csv.writer(files.CsvLines(self._file)).writerows(rows)
         self._file.flush()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()
+        if self._written != self._path:
+            if kind is None:
+                self._written.replace(self._path)
+            else:
+                self._written.unlink()
 
 
 def _write_page(config, record, attributor, settings, found, rows, digests, metrics) -> None:
@@ -368,7 +378,7 @@ def _write_page(config, record, attributor, settings, found, rows, digests, metr
     ]
     notes = []
     smallest = metrics["smallest_certifiable_fnr"]
-    if 0 < config.fnr < smallest:
+    if config.fnr < smallest:
         notes.append(
             f"{len(attributor.calibration_scores)} own images calibrate: they certify no fnr below "
             f"{smallest:.3g}, and {config.fnr:g} was asked for."

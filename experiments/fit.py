@@ -38,6 +38,7 @@ from flipad_jax.generators import interop
 from flipad_jax.inversion import lasso
 
 _DEFAULTS = AttributorConfig()
+_LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 _LAYOUTS_BY_ENDING = {".npz": "flax", ".msgpack": "flax", "": "flax"}
 
 
@@ -253,6 +254,14 @@ def _read_folder(
     if folder.rejected:
         first = "; ".join(f"{row.path} {row.reason}" for row in folder.rejected[:3])
         record.warn(f"--{name}: left out {len(folder.rejected)} files ({first})")
+    lossy = [file for file in folder.paths if file.lower().endswith(_LOSSY)]
+    if lossy and name == "generated":
+        record.warn(
+            f"--generated: {len(lossy)} of {len(folder.paths)} files ({lossy[0]}, ...) are of a "
+            "format that mostly loses something, which untouched images of the model then differ "
+            "by: give them as the model made them (PNG), and --immunize=jpeg-90 or the like if "
+            "suspects are recompressed"
+        )
     if not len(folder.images):
         raise UsageError(f"--{name}={path} holds no usable image of {shape or 'one'} shape")
     return folder

@@ -54,13 +54,11 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     _keyed.check(config)
     check_once(config, "counts", "sequential_counts")
     root = _keyed.load_root(config)
+    for name in ("counts", "sequential_counts"):
+        for count in getattr(config, name):
+            _keyed.check_room(config, root, f"--{name}={count}", count)
     images = _keyed.load_images(config, root, num_test=config.num_test)
     size = int(np.prod(root.image_shape))
-    too_many = [n for n in (*config.counts, *config.sequential_counts) if n > size]
-    if too_many:
-        raise ValueError(
-            f"--counts: {max(too_many)} orthogonal keys do not fit images of {size} numbers"
-        )
     root_images = _keyed.root_test_images(config, root, config.num_test)
     mean_image = np.concatenate([data.to_float(images.test), data.to_float(root_images)]).mean(0)
     rows = []

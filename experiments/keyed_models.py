@@ -53,12 +53,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     if config.num_acute == 1:
         raise ValueError("--num_acute=1: an angle needs two keys; 0 leaves them out")
     root = _keyed.load_root(config)
-    size = int(np.prod(root.image_shape))
-    if max(config.num_users, config.num_acute + 1) > size:
-        raise ValueError(
-            f"--num_users={config.num_users}, --num_acute={config.num_acute}: images of {size} "
-            "numbers have room for no more keys than that"
-        )
+    _keyed.check_room(config, root, f"--num_users={config.num_users}", config.num_users)
+    if config.num_acute:  # They share a direction beside their own.
+        _keyed.check_room(config, root, f"--num_acute={config.num_acute}", config.num_acute + 1)
     images = _keyed.load_images(
         config, root, num_validation=config.num_search, num_test=config.num_test
     )

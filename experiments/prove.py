@@ -15,6 +15,7 @@ crop, brightness. With --attributor, images that it calls not ours without a dou
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -44,7 +45,8 @@ COLUMNS = (
     "latent_sha256",
     "reason",
 )
-_BLOCK = 32  # images per stage: what a kill can cost
+_BLOCK = 32  # images that are searched for and kept together: what a stop can cost
+_NAMED = 5  # files that an error names, at most
 # Best first: what counts if several searches were made for an image.
 _RANK = {verdict: rank for rank, verdict in enumerate(("proved", "ours", "cannot_judge"))}
 
@@ -117,6 +119,16 @@ def default_workdir(config: Config) -> str:
     return f"{config.output}.run" if config.output else ""
 
 
+class Known(NamedTuple):
+    """Images whose origin is known."""
+
+    own: np.ndarray  # [m, h, w, c]
+    foreign: np.ndarray  # [k, h, w, c]
+    names: list[str]  # [k] where to find the foreign ones
+    source: str  # folder or data set that they are of
+    is_folder: bool  # whether single files can be taken out of it
+
+
 class Calibration(NamedTuple):
     """What a search makes of images whose origin is known."""
 
@@ -161,9 +173,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     check_once(config, "processing")
     if config.reuse and (read_flags(config.reuse) or {}).get("experiment") != "prove":
         raise UsageError(f"--reuse={config.reuse} is no workdir of --experiment=prove")
-    found = _suspects.find(config.images, record.workdir)
+    found = _suspects.find(config.images, record)
     output = Path(config.output) if config.output else record.workdir / "verdicts.csv"
-    _suspects.check_output(output, COLUMNS, record.workdir)
+    _suspects.check_output(output, COLUMNS, record)
     judging = proof.ProofConfig(
         fnr=config.fnr, foreign_rate=config.foreign_rate / len(config.processing)
     )
@@ -183,7 +195,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     decoded, rejected = _decoded(config, record, generator, shape, found)
     suspects = []
     if decoded:
-        digest = _digest(config, generator, *known)
+        digest = _digest(config, generator, known.own, known.foreign)
         calibrations = _calibrate(config, record, generator, bank, known, digest, judging)
         suspects = _search_all(
             config, record, generator, bank, decoded, calibrations, judging, digest
@@ -203,9 +215,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     return metrics_found
 
 
-def _known_images(
-    config, record, generator, origin, shape, num_unknowns: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _known_images(config, record, generator, origin, shape, num_unknowns: int) -> Known:
     """Own images of fresh latents, and foreign ones that say enough about so many unknowns."""
     own = regeneration.make_bank(generator, _regeneration.rng(config, 1), config.num_own).images
     if own.min() >= 127:
@@ -218,8 +228,9 @@ def _known_images(
         raise UsageError(
             "--foreign is missing: a folder or data set of images that are certainly not ours"
         )
-    if os.path.isdir(name) and not idx_images.is_folder(name):  # all of it, not its test split
-        images: Iterable[np.ndarray] = _usable_images(name, shape, config.seed)
+    is_folder = os.path.isdir(name) and not idx_images.is_folder(name)
+    if is_folder:  # all of it, not its test split
+        images: Iterable[tuple[str, np.ndarray]] = _usable_images(name, shape, config.seed)
     else:
         loaded = data.load(
             name,
@@ -234,12 +245,13 @@ def _known_images(
             raise UsageError(
                 f"--foreign={name} has images {loaded.shape[1:]}, the generator makes {shape}"
             )
-        images = loaded
-    chosen, left_out = [], 0
-    for image in images:
+        images = ((f"number {i} of the test split", image) for i, image in enumerate(loaded))
+    chosen, names, left_out = [], [], 0
+    for where, image in images:
         equations = np.count_nonzero((image > 0) & (image < 255))
         if proof.is_determined(np.asarray(equations), num_unknowns):
             chosen.append(image)
+            names.append(where)
         else:
             left_out += 1
         if len(chosen) == config.num_foreign:
@@ -254,16 +266,18 @@ def _known_images(
     foreign = np.stack(chosen)
     if len(foreign) < config.num_foreign:
         record.warn(f"--foreign={name} has {len(foreign)} images, {config.num_foreign} were wanted")
-    return own, foreign
+    return Known(own, foreign, names, name, is_folder)
 
 
-def _usable_images(folder: str, shape, seed: int) -> Iterator[np.ndarray]:
-    """Images of a folder in an order that the seed fixes, no more of them read than are taken."""
+def _usable_images(folder: str, shape, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Paths and images of a folder in an order that the seed fixes, no more of them read than are
+    taken."""
     found = data.find_images(folder)
     for place in data.permutation(len(found.paths), seed):
-        image, _ = data.decode_image(os.path.join(found.root, found.paths[place]), shape)
+        path = found.paths[place]
+        image, _ = data.decode_image(os.path.join(found.root, path), shape)
         if image is not None:
-            yield image
+            yield path, image
 
 
 def _digest(
@@ -287,29 +301,7 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
         )
     found = {}
     for kind in config.processing:
-        # Its own random stream, whatever other searches there are.
-        number = _regeneration.PROCESSINGS.index(kind)
-        results: dict[str, dict[str, np.ndarray]] = {}
-        excess: dict[str, np.ndarray] = {}
-        sets = [("own", known[0], kind), ("foreign", known[1], kind)]
-        if kind != "none":  # a foreign image need not have been processed at all
-            sets.append(("foreign-untouched", known[1], "none"))
-        for place, (which, images, how) in enumerate(sets):
-            treated = _regeneration.processed(
-                how, images, _regeneration.rng(config, 2, number, place)
-            )
-            search_rng = _regeneration.rng(config, 3, number, place)
-            text = f"{len(images)} {which} images" + (f", {kind}" if kind != "none" else "")
-
-            def compute(treated=treated, kind=kind, search_rng=search_rng, text=text):
-                return _regeneration.search(
-                    config, record, generator, bank, treated, kind, search_rng, text
-                )
-
-            name = f"{which}-{kind}-{digest}"
-            results[which] = record.stage(name, compute, text=text, reuse=config.reuse)
-            if kind == "noise":
-                excess[which] = proof.noise_excess(results[which]["image"], treated)
+        results, excess = _search_known(config, record, generator, bank, known, digest, kind)
         size = generator.latent_dim + _regeneration.num_unknowns(kind)
         # As of suspects, what became too plain to say anything counts as nothing.
         says = {
@@ -328,14 +320,9 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
                 f"black and white for {size} unknowns (search {kind})"
             )
         errors = np.nanmin([error[said] for error, _ in foreign], axis=0).astype(float)
-        hit = int(np.any([proved for _, proved in foreign], axis=0).sum())
-        if hit or not np.isfinite(errors).all():
-            raise UsageError(
-                f"{hit} of {len(errors)} foreign images are regenerated (search {kind}): --foreign "
-                "holds images of ours, or the generator makes almost any image"
-                if hit
-                else f"foreign images with errors that are not finite (search {kind})"
-            )
+        _refuse_hits(known, np.any([proved for _, proved in foreign], axis=0), len(errors), kind)
+        if not np.isfinite(errors).all():
+            raise UsageError(f"foreign images with errors that are not finite (search {kind})")
         tail = proof.foreign_tail(errors, confidence=judging.confidence)
         if np.isnan(tail.edge):
             record.warn(
@@ -351,6 +338,58 @@ def _calibrate(config, record, generator, bank, known, digest, judging) -> dict[
             tail,
         )
     return found
+
+
+def _search_known(config, record, generator, bank, known: Known, digest: str, kind: str):
+    """Own and foreign images under one search: results by set, and under noise the excess."""
+    # Its own random stream, whatever other searches there are.
+    number = _regeneration.PROCESSINGS.index(kind)
+    results: dict[str, dict[str, np.ndarray]] = {}
+    excess: dict[str, np.ndarray] = {}
+    sets = [("own", known.own, kind), ("foreign", known.foreign, kind)]
+    if kind != "none":  # a foreign image need not have been processed at all
+        sets.append(("foreign-untouched", known.foreign, "none"))
+    for place, (which, images, how) in enumerate(sets):
+        treated = _regeneration.processed(how, images, _regeneration.rng(config, 2, number, place))
+        text = f"{len(images)} {which} images" + (f", {kind}" if kind != "none" else "")
+        name = f"{which}-{kind}-{digest}"
+        compute = functools.partial(
+            _regeneration.search_in_blocks,
+            config,
+            record,
+            generator,
+            bank,
+            treated,
+            kind,
+            _regeneration.rng(config, 3, number, place),
+            text,
+            name,
+            _BLOCK,
+        )
+        results[which] = record.stage(name, compute, text=text, reuse=config.reuse)
+        if kind == "noise":
+            excess[which] = proof.noise_excess(results[which]["image"], treated)
+    return results, excess
+
+
+def _refuse_hits(known: Known, hits: np.ndarray, num_judged: int, kind: str) -> None:
+    """Nothing can be proved if foreign images are regenerated as well."""
+    names = [name for name, hit in zip(known.names, hits, strict=True) if hit]
+    if not names:
+        return
+    shown = ", ".join(names[:_NAMED])
+    if len(names) > _NAMED:
+        shown += f" and {len(names) - _NAMED} more"
+    if known.is_folder:
+        remedy = f"take what it made out of --foreign={known.source}"
+    else:
+        shown += " (counted from 0)"
+        remedy = f"give a folder without what it made as --foreign, not {known.source}"
+    raise UsageError(
+        f"{len(names)} of {num_judged} foreign images are regenerated (search {kind}): {shown}. "
+        f"If they are images of this generator, {remedy}; if they are certainly not, it makes "
+        "almost any image and nothing can be proved: give another --generator"
+    )
 
 
 def _nearest_excess(excess, says, said) -> tuple[np.ndarray, np.ndarray]:
@@ -763,9 +802,10 @@ def _write_page(config, record, suspects, rows, calibrations, results) -> None:
             [
                 "proofs.safetensors holds the latents of what is proved or ours, and in its "
                 "metadata which image each is of and what was done to it. With the weights "
-                f"(SHA-256: {results['weights_sha256']}) the generator makes the image again, "
-                "before any processing: "
-                "flipad_jax.detection.regeneration.make_images(generator, latents).",
+                f"(SHA-256: {results['weights_sha256']}) the generator makes the images again, "
+                "and what was done to them is done again: "
+                "flipad_jax.detection.regeneration.repeat(generator, 'proofs.safetensors', "
+                "'the folder of the images') compares them with the files.",
                 report.Table(
                     ["setting", "value"],
                     [

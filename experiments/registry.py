@@ -5,6 +5,9 @@ every start hands a key and a model to users that are new in --users (all others
 all copies, and attributes the files of --images, if given. A killed run goes on at the user where
 it was. --ask=NAME adds, for every file, how far it is on NAME's side.
 
+A registry remembers its settings. Those by which keys are found and copies trained (--key_steps,
+--num_steps, --batch_size, --learning_rate, --max_rounds) may be others for users who are new.
+
 Rows of the output (path, user, margin, reason): user is a name, nobody, or several where more than
 one key claims the file; reason says why a file cannot be attributed. What a user gets is
 WORKDIR/models/NAME.safetensors; `zoo.load_file` reads it.
@@ -75,11 +78,10 @@ CHANGEABLE = (
     "output",
     "ask",
     "num_shown",
-    "num_steps",
-    "max_rounds",
     "num_test",
     "hand_out_unreached",
 )
+MOVABLE = ("key_steps", "num_steps", "batch_size", "learning_rate", "max_rounds")
 PRECIOUS = "registry.json"
 
 
@@ -95,9 +97,9 @@ class Row(NamedTuple):
 
 def run(config: Config, record: Run) -> dict[str, Any]:
     """Make or extend the registry, test it, attribute files; returns what the page shows."""
-    found = _suspects.find(config.images, record.workdir) if config.images else None
+    found = _suspects.find(config.images, record) if config.images else None
     output = Path(config.output) if config.output else record.workdir / "attributions.csv"
-    _suspects.check_output(output, COLUMNS, record.workdir)
+    _suspects.check_output(output, COLUMNS, record)
     registry, images = _open(config, record)
     registry = _train_models(config, record, registry, images)
     rows: list[Row] = []
@@ -211,10 +213,11 @@ def _train_models(config, record: Run, registry, images) -> ledger.Registry:
             )
         if not found.reached[0]:
             what = "it is handed out all the same" if config.hand_out_unreached else "no copy yet"
+            rounds = int(found.rounds[0])
+            advice = " at the next start" if rounds else "; a user of another name gets another key"
             record.warn(
-                f"{user.name}: D is {found.distinguishability[0]:.3f} after {found.rounds[0]} "
-                f"rounds, {1 - config.delta:g} was wanted: {what}. More --max_rounds or "
-                "--num_steps at the next start"
+                f"{user.name}: D is {found.distinguishability[0]:.3f} after {rounds} rounds, "
+                f"{1 - config.delta:g} was wanted: {what}; {_keyed.why_missed(rounds)}{advice}"
             )
             if not config.hand_out_unreached:
                 continue

@@ -57,6 +57,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {"smoke": {"shard_size": 32}, "demo": {}}
 CHANGEABLE = ("cluster", "num_actors")
+MOVABLE = ("attributor", "images", "data_dir")  # the manifest knows them by their contents
 TOGETHER = True  # each process its own shards
 
 
@@ -83,7 +84,7 @@ def run(config: Config, record: Run) -> dict[str, Any]:
     if not (output.folder / "manifest.json").exists():
         raise UsageError(f"{output.folder} is not where all processes see it: share the workdir")
     smallest = calibration.smallest_certifiable_fnr(len(attributor.calibration_scores))
-    if 0 < config.fnr < smallest:
+    if config.fnr < smallest:
         record.warn(
             f"{len(attributor.calibration_scores)} calibration images certify no fnr below "
             f"{smallest:.3g}; no p-value can be smaller"

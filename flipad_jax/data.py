@@ -67,7 +67,15 @@ SPLITS = ("train", "validation", "test")
 # The formats of these extensions, whatever a file is called, and the plain one of Netpbm. Pillow
 # knows more, and runs another program, Ghostscript, to draw some of them.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+EXTENSIONS = (
+    ".png",
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),
+    ".bmp",
+    ".webp",
+    *(".tif", ".tiff"),
+    ".gif",
+    *(".ppm", ".pgm", ".pnm"),
+)
 
 # How many crops of the photographs a split has when no number is asked for; any number can be.
 _PHOTOS_DEFAULT_COUNTS = {"train": 8000, "validation": 1000, "test": 1000}
@@ -109,6 +117,7 @@ class Found(NamedTuple):
     root: str  # the folder
     paths: tuple[str, ...]  # [n] relative to the folder, "/" between parts, in natural order
     rejected: tuple[Rejected, ...]  # what cannot be entered or is not followed
+    num_passed_over: int = 0  # files with another name than an image's, hidden ones not counted
 
 
 class FolderSplit(NamedTuple):
@@ -237,6 +246,12 @@ def check_images(images: Any, *, shape: tuple[int, int, int] | None = None) -> A
             f"images must be uint8 or float32/float64 in [-1, 1], got {images.dtype}; {hint}"
         )
     values = np.asarray(images)
+    if values.size and values.min() >= 0 and values.max() > 0:
+        logging.warning(
+            "none of %d float images is anywhere darker than grey: they look like [0, 1], and "
+            "[-1, 1] is expected; pass 2 * images - 1, or uint8",
+            len(values),
+        )
     bad = ~np.isfinite(values)
     if bad.any():
         raise ValueError(
@@ -594,6 +609,7 @@ def find_images(path: str | os.PathLike) -> Found:
         raise ValueError(f"no images found in {path!r}: there is no such file or folder")
     names: list[str] = []
     rejected: list[Rejected] = []
+    num_passed_over = 0
 
     def relative(full: str) -> str:
         return os.path.relpath(full, path).replace(os.sep, "/")
@@ -607,15 +623,15 @@ def find_images(path: str | os.PathLike) -> Found:
         for subfolder in map(functools.partial(os.path.join, folder), subfolders):
             if os.path.islink(subfolder):  # may lead round in a circle, or to anywhere
                 rejected.append(Rejected(relative(subfolder), "link to a folder, not followed"))
-        names += [
-            relative(os.path.join(folder, file))
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
+        visible = [file for file in files if not file.startswith(".")]
+        chosen = [file for file in visible if file.lower().endswith(EXTENSIONS)]
+        names += [relative(os.path.join(folder, file)) for file in chosen]
+        num_passed_over += len(visible) - len(chosen)
     if not names and not rejected:
         raise ValueError(f"no images found in {path!r} ({looked_for}, also in subfolders)")
     rejected.sort(key=lambda row: natural_order(row.path))
-    return Found(path, tuple(sorted(names, key=natural_order)), tuple(rejected))
+    names.sort(key=natural_order)
+    return Found(path, tuple(names), tuple(rejected), num_passed_over)
 
 
 def read_images(
@@ -641,7 +657,7 @@ def read_images(
     Raises:
       ValueError: if `path` does not exist, or no file there has the name of an image.
     """
-    root, names, found = find_images(path)
+    root, names, found, _ = find_images(path)
     rejected = list(found)
     image_shape = _resolve_shape(root, names, image_shape)
     images, paths = [], []
@@ -670,7 +686,7 @@ def iter_images(
     Raises:
       ValueError: as `read_images`, at the call and not at the first item.
     """
-    root, names, rejected = find_images(path)
+    root, names, rejected, _ = find_images(path)
     image_shape = _resolve_shape(root, names, image_shape)
 
     def decode_all() -> Iterator[DecodedFile]:
@@ -788,7 +804,7 @@ def open_folder(
       ValueError: if `path` does not exist, or no file there has the name of an image.
     """
     check_arguments(split, image_size, None, seed)
-    root, names, rejected = find_images(path)
+    root, names, rejected, _ = find_images(path)
     shape = _resolve_shape(root, names, None, image_size)
     paths = tuple(names[i] for i in _split_indices(len(names), split, int(seed)))
     return FolderSplit(root, paths, shape, rejected, len(names))

@@ -84,16 +84,26 @@ def open_source(
       feature: name of the image in a tf.train.Example; by default what the TFDS set says of itself,
         and image where nothing is said.
     Raises:
-      ValueError: for what is not there, holds nothing, or is no ArrayRecord file.
+      ValueError: for what is not there, holds nothing, or is no ArrayRecord file; for a split or
+        data_dir of what is no name, and a feature of image files.
     """
     path = os.fspath(images)
+    is_path = os.path.exists(path) or glob.has_magic(path)
+    useless = [name for name, value in (("split", split), ("data_dir", data_dir)) if value]
+    if is_path and useless:
+        raise ValueError(
+            f"{path!r} is a path, of which all records are taken: {' and '.join(useless)} go with "
+            "a name of TensorFlow Datasets (mnist, say); leave them out, or give the name"
+        )
     if os.path.isdir(path):
         source = _open_folder(path, feature)
     elif os.path.isfile(path):
         is_record = _ARRAY_RECORD.search(path)
         source = _whole_files([path], feature) if is_record else _Folder(data.find_images(path))
     elif glob.has_magic(path):
-        found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+        # A pattern with two ** finds a file in several ways.
+        found = sorted({os.path.normpath(name) for name in glob.glob(path, recursive=True)})
+        found = [name for name in found if os.path.isfile(name)]
         others = [name for name in found if not _ARRAY_RECORD.search(name)]
         if not found or others:
             what = f"matches {others[0]}, which is none" if others else "matches no file"
@@ -106,20 +116,35 @@ def open_source(
         )
     else:
         source = _open_tfds(path, data_dir, split, feature)
+    if feature and isinstance(source, _Folder):
+        raise ValueError(
+            f"{path!r} holds image files, which have no feature {feature!r}: leave it out"
+        )
     if not len(source):
         raise ValueError(f"{path!r} holds no records: there is nothing to score")
     return source
 
 
 def _open_folder(path: str, feature: str) -> "Source":
-    found = [
-        os.path.join(folder, file)
-        for folder, _, files in os.walk(path)
-        for file in files
-        if _ARRAY_RECORD.search(file) and not file.startswith(".")
-    ]
+    found: list[str] = []
+    unseen: list[str] = []  # folders whose records would be missing without a word
+    for folder, subfolders, files in os.walk(path, onerror=lambda e: unseen.append(e.filename)):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        inside = [os.path.join(folder, name) for name in subfolders]
+        unseen += [name for name in inside if os.path.islink(name)]
+        found += [
+            os.path.join(folder, name)
+            for name in files
+            if _ARRAY_RECORD.search(name) and not name.startswith(".")
+        ]
     if not found:
         return _Folder(data.find_images(path))
+    if unseen:
+        raise ValueError(
+            f"{unseen[0]!r} is a link to a folder, or a folder that cannot be read, and its "
+            f"records would be missing: give a pattern, such as {path!r}/**/*.array_record, or "
+            "move it away"
+        )
     try:
         pictures = data.find_images(path).paths
     except ValueError:

@@ -142,6 +142,8 @@ def test_bad_keys_and_images_are_named():
         at.check_keys(good * np.array([[1], [0]], np.float32))
     with pytest.raises(ValueError, match="another size"):
         at.responses(good, np.zeros((2, 5), np.float32))
+    with pytest.raises(ValueError, match="no images"):
+        at.shift_length([np.zeros((0, 2, 2, 1), np.float32)])
     with pytest.raises(ValueError, match="another number of keys"):
         at.attributability([np.zeros((3, 2))])
     # A key that the data do not comply with promises nothing.
@@ -149,3 +151,33 @@ def test_bad_keys_and_images_are_named():
     errors = [at.ErrorStatistics(np.zeros(2), np.full(2, 0.1), 9)] * 2
     found = at.certify(good, np.full(2, 5.0), extent, errors)
     assert found.distinguishability[0] > 0.99 and found.distinguishability[1] == 0
+
+
+def test_images_that_are_not_the_keys_are_no_users():
+    """Each of these holds as many numbers as a key, and was attributed to somebody."""
+    rng = np.random.default_rng(4)
+    keys = unit(rng.normal(size=(2, 192))).reshape(2, 8, 8, 3).astype(np.float32)
+    images = rng.uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+    for bad, said in [
+        (rng.integers(0, 256, (5, 8, 8, 3)), "int64; cast values in 0..255 to uint8"),
+        (127.5 * (images + 1), "look like 0..255"),
+        (np.moveaxis(images, -1, 1), "channels come first"),
+        (images.reshape(5, 4, 16, 3), r"must be \[n, 8, 8, 3\]"),
+        (images.reshape(5, 192), r"must be \[n, h, w, c\]"),
+        (images[0], "add the batch axis"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            at.attribute(keys, bad)
+        with pytest.raises(ValueError, match=said):
+            at.extent(keys, [images, bad])
+    assert len(at.attribute(keys, images[:0]).user) == 0
+    # Errors are no images: any range, but one shape.
+    expected = 9 * images.reshape(5, -1) @ keys.reshape(2, -1).T
+    np.testing.assert_allclose(at.project(keys, 9 * images), expected, atol=1e-4)
+    mean = at.error_statistics(keys, [9 * images]).mean
+    np.testing.assert_allclose(mean, expected.mean(axis=0), atol=1e-4)
+    for bad in (images.reshape(5, 4, 16, 3), images[0]):
+        with pytest.raises(ValueError, match=r"must be \[n, 8, 8, 3\] as the keys are"):
+            at.error_statistics(keys, [bad])
+    with pytest.raises(ValueError, match="uint8, expected floating point"):
+        at.error_statistics(keys, [images.astype(np.uint8)])

@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ from flipad_jax.detection.calibration import verdict_threshold
 from flipad_jax.detection.one_class import OneClassConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_A_RUN = "# A run of flipad_jax.\n--experiment=attribute\n"
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,57 @@ def test_the_workdir_may_lie_among_the_images(attributor_folder, tmp_path, monke
     assert len(read("v.csv")) == 3
 
 
+def find(path, workdir, told=None):
+    warn = [].append if told is None else told.append
+    return _suspects.find(str(path), SimpleNamespace(workdir=workdir, warn=warn))
+
+
+def test_what_is_passed_over_is_told(tmp_path):
+    """And nobody hides images by a file that only has the name of a run's."""
+    own = own_images(7, 3)[0]
+    data.write_images(tmp_path / "sub", own)
+    (tmp_path / "sub" / "config.flags").touch()
+    for name in ("photo.heic", "IMG_0001", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    Image.fromarray(own[0]).save(tmp_path / "grid.ppm")
+    data.write_images(tmp_path / "run", own[:2])
+    (tmp_path / "run" / "config.flags").write_text(OF_A_RUN)
+    told = []
+    found = find(tmp_path, tmp_path / "elsewhere", told)
+    assert found.paths == ("grid.ppm", *(f"sub/0000{i}.png" for i in range(3)))
+    names, drawn = told  # photo.heic, IMG_0001 and two times config.flags; two images
+    assert " 4 files whose names do not end in .png, " in names and "passed over" in names
+    assert " 2 images that runs of ours drew" in drawn
+
+
+def test_an_answer_stays_until_the_next_is_complete(attributor_folder, tmp_path, monkeypatch):
+    """And where an answer is not that of results.json, there is none."""
+    data.write_images(tmp_path / "s", own_images(7, 3)[0])
+    output, workdir = tmp_path / "v.csv", tmp_path / "w"
+    flags = (f"--attributor={attributor_folder}", f"--images={tmp_path / 's'}")
+    flags += (f"--output={output}", f"--workdir={workdir}")
+    assert run(*flags) == 0
+    before = output.read_bytes()
+    data.write_images(tmp_path / "s" / "more", own_images(8, 2)[0])
+    decide = experiment._decide
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "_decide", interrupted)
+    assert run(*flags) == 130
+    assert output.read_bytes() == before and not (workdir / "results.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "v.csv", "w"]
+    assert run(*flags, "--attributor=nowhere") == 2
+    monkeypatch.setattr(experiment, "_decide", decide)
+    assert run(*flags) == 0
+    assert len(read(output)) == 5 and (workdir / "results.json").exists()
+    results = (workdir / "results.json").read_bytes()
+    assert run(*flags, f"--output={tmp_path / 's' / '00000.png'}") == 2
+    assert (workdir / "results.json").read_bytes() == results
+    assert not (workdir / "results.earlier.json").exists()
+
+
 def test_what_another_run_drew_is_not_judged(tmp_path):
     """Nor what lies in its subfolders; a run's own folder, if it is asked for, is."""
     (tmp_path / "images/other.run/figures").mkdir(parents=True)
@@ -212,16 +266,16 @@ def test_what_another_run_drew_is_not_judged(tmp_path):
     data.write_images(tmp_path / "images", own[:1])
     data.write_images(tmp_path / "images/kept", own[1:2])
     data.write_images(tmp_path / "images/other.run/figures", own[2:])
-    (tmp_path / "images/other.run/config.flags").write_text("--experiment=attribute\n")
-    found = _suspects.find(str(tmp_path / "images"), tmp_path / "run")
+    (tmp_path / "images/other.run/config.flags").write_text(OF_A_RUN)
+    found = find(tmp_path / "images", tmp_path / "run")
     assert found.paths == ("00000.png", "kept/00000.png")
-    found = _suspects.find(str(tmp_path / "images/other.run"), tmp_path / "run")
+    found = find(tmp_path / "images/other.run", tmp_path / "run")
     assert found.paths == ("figures/00000.png",)
     (tmp_path / "outer").mkdir()
     (tmp_path / "images/other.run").rename(tmp_path / "outer/other.run")
     with pytest.raises(_config.UsageError, match="all 1 images below .*outer. were drawn by runs"):
-        _suspects.find(str(tmp_path / "outer"), tmp_path / "run")
-    found = _suspects.find(str(tmp_path / "images/kept"), tmp_path / "images")
+        find(tmp_path / "outer", tmp_path / "run")
+    found = find(tmp_path / "images/kept", tmp_path / "images")
     assert found.paths == ("00000.png",)
 
 
@@ -230,12 +284,25 @@ def test_the_answers_of_another_run_are_not_overwritten(tmp_path):
     output = tmp_path / "v.csv"
     output.write_text(",".join(experiment.COLUMNS) + "\n")
     own = tmp_path / "v.csv.run"
-    _suspects.check_output(output, experiment.COLUMNS, tmp_path / "other")
+
+    def check(workdir, has_kept):
+        record = SimpleNamespace(
+            workdir=tmp_path / workdir, shown=workdir, has_kept_anything=lambda: has_kept
+        )
+        _suspects.check_output(output, experiment.COLUMNS, record)
+
+    check("other", False)  # nothing but the head
     own.mkdir()
-    (own / "config.flags").write_text("--experiment=attribute\n")
-    _suspects.check_output(output, experiment.COLUMNS, own)
+    (own / "config.flags").write_text(OF_A_RUN)
+    check("v.csv.run", False)
     with pytest.raises(_config.UsageError, match="v.csv.run wrote; give another name"):
-        _suspects.check_output(output, experiment.COLUMNS, tmp_path / "other")
+        check("other", True)
+    shutil.rmtree(own)
+    with output.open("a") as file:
+        file.write("a.png,1.0,0.5,2.0,ours,\n")
+    check("other", True)
+    with pytest.raises(_config.UsageError, match="answers of another run than that in other"):
+        check("other", False)
 
 
 def test_mistakes_are_one_line_before_anything_is_computed(attributor_folder, tmp_path, capsys):
@@ -277,6 +344,8 @@ def test_few_calibration_images_are_said_on_the_way(tmp_path, capsys):
     flags = (f"--attributor={tmp_path / 'a'}", f"--images={tmp_path / 's'}")
     assert run(*flags, f"--workdir={tmp_path / 'w'}") == 0
     assert "certify no fnr below 0.0385" in capsys.readouterr().err  # 1 / 26
+    assert run(f"--workdir={tmp_path / 'w'}", "--fnr=0") == 0
+    assert "certify no fnr below 0.0385" in capsys.readouterr().err  # 0 is no exception
     assert len(read(tmp_path / "w" / "verdicts.csv")) == 4
 
 

@@ -990,6 +990,10 @@ def test_every_part_of_a_work_has_a_bar_of_its_own(tmp_path, monkeypatch):
     lines = [line.partition(" done")[0] for line in stream.text.splitlines()]
     scores = ["ours: scores ...", "ours: scores:"]
     assert lines == ["ours: fit ...", "ours: fit:", *3 * scores]
+    with pytest.raises(KeyboardInterrupt), record.parts("theirs") as progress:
+        progress("fit", 1, 2)
+        raise KeyboardInterrupt
+    assert "theirs: fit: stopped after" in stream.text
 
 
 def test_a_path_at_home_is_found_and_help_names_the_choices(tmp_path, monkeypatch, capsys):

@@ -236,6 +236,21 @@ def test_what_cannot_be_a_source_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             records.open_source(tmp_path / name)
         assert name in str(caught.value)
+    (tmp_path / "linked").mkdir()
+    write_records(tmp_path / "linked" / "a.array_record", [b"x"])
+    (tmp_path / "linked" / "b").symlink_to(tmp_path / "both", target_is_directory=True)
+    with pytest.raises(ValueError, match="linked/b' is a link to a folder.* would be missing"):
+        records.open_source(tmp_path / "linked")
+    data.write_images(tmp_path / "images", random_images(2))
+    for options, message in (
+        ({"split": "test"}, "is a path, of which all records are taken: split go with a name"),
+        ({"split": "test", "data_dir": "x"}, "split and data_dir go with"),
+        ({"feature": "photo"}, "holds image files, which have no feature 'photo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            records.open_source(tmp_path / "images", **options)
+    # Found twice by the pattern, and a record once.
+    assert len(records.open_source(f"{tmp_path}/**/**/good.array_record")) == 9
     with pytest.raises(ValueError, match="celeb_a@cropped: .* leave out the crop"):
         records.open_source("celeb_a@cropped", split="test")
 

@@ -42,6 +42,14 @@ def test_crop_is_pillows(share):
         np.testing.assert_allclose(found[..., 0], np.asarray(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", range(25, 32))
+def test_crop_is_the_published_one(kept):
+    """Pillow rounds after either axis; another start would be a pixel off."""
+    expected = perturbations.crop(PHOTOS, kept).astype(float)
+    found = (np.asarray(differentiable.crop(floats(PHOTOS), kept / 32)) + 1) * 127.5
+    assert np.abs(found - expected).max() <= 1.01
+
+
 @pytest.mark.parametrize("quality", [50, 75, 90])
 @pytest.mark.parametrize("images", [PHOTOS, DIGITS], ids=["colour", "grey"])
 def test_jpeg_is_the_codec_to_a_level_or_two(images, quality):
@@ -111,3 +119,7 @@ def test_mistakes_are_named():
         differentiable.draw("fog")
     with pytest.raises(ValueError, match="floating"):
         differentiable.blur(jnp.zeros((1, 8, 8, 1), jnp.uint8), 1.0)
+    images = floats(DIGITS)
+    for size in (4, 24, 27, 0, -3):
+        with pytest.raises(ValueError, match=f"size={size}: expected an odd number .* most 25"):
+            differentiable.blur(images, 3.0, size)

@@ -80,6 +80,7 @@ def test_forward_makes_the_image():
     for activation, expected in images.items():
         layer = FinalLayer(op, jnp.asarray(BIAS), activation)
         np.testing.assert_allclose(final_layer.forward(layer, jnp.asarray(z)), expected, atol=1e-12)
+    assert np.abs(images["identity"]).max() > 1  # no activation, no bound
 
 
 @pytest.mark.parametrize("activation", final_layer.ACTIVATIONS)

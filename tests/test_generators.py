@@ -14,7 +14,16 @@ from jax import lax
 
 from experiments import _config, train_generator
 from flipad_jax import checkpoints
-from flipad_jax.generators import dcgan, layers, sampling, training, wgan_gp, zoo
+from flipad_jax.generators import (
+    dcgan,
+    ebgan,
+    layers,
+    lsgan,
+    sampling,
+    training,
+    wgan_gp,
+    zoo,
+)
 from flipad_jax.inversion import final_layer
 
 TINY = {"latent_dim": 4, "features": (6,), "discriminator_features": (5,)}
@@ -172,6 +181,17 @@ def test_paper_architecture_and_its_parameter_count():
     kernels = [3 * 64, 64 * 128, 128 * 256, 256 * 512, 512]
     expected = 16 * sum(kernels) + 2 * (128 + 256 + 512)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == expected
+
+
+@pytest.mark.parametrize(
+    "family", [dcgan.dcgan, wgan_gp.wgan_gp, ebgan.ebgan, lsgan.lsgan], ids=lambda f: f.__name__
+)
+def test_an_image_shape_from_json_makes_the_same_model(family):
+    """A list; the model is a static argument of compiled functions, so it must be hashable."""
+    gan = family([16, 16, 1], latent_dim=2)
+    assert gan.image_shape == (16, 16, 1)
+    found = jax.eval_shape(functools.partial(training.init_seeds, gan), np.zeros(1, np.uint32))
+    assert found.generator["params"].keys()
 
 
 @pytest.mark.parametrize("size", [8, 32])

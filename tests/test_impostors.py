@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from flipad_jax.generators import impostors, sampling, zoo
@@ -50,6 +51,38 @@ def test_one_or_two_hidden_kernels_change_and_nothing_else(ours):
             assert 0.9 < float(after[name].std()) / float(np.std(before[name])) < 1.1
         seen |= {(len(kernels), bool(norms))}
     assert seen == {(1, False), (1, True), (2, False), (2, True)}
+
+
+def _as_called(generator):
+    """Paths of the modules with a kernel or a scale, in the order in which a picture meets them."""
+    called = []
+
+    def note(next_fun, args, kwargs, context):
+        if context.module.path and context.method_name == "__call__":
+            called.append(context.module.path)
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        sampling.activations(generator, jnp.zeros((1, generator.latent_dim)))
+    return called
+
+
+@pytest.mark.parametrize("name", ["digits_lsgan_0", "digits_dcgan_0"])
+def test_hidden_layers_are_told_from_the_latent_to_the_image(name):
+    """Later ones are changed more often: LSGAN's linear layer, which is its first, least of all."""
+    generator = zoo.load(name)
+    params = generator.variables["params"]
+    order = _as_called(generator)
+    for array in ("kernel", "scale"):
+        found = [path[:-1] for path in impostors._hidden(params, array)]
+        assert found == [path for path in order if (*path, array) in _paths(params)]
+    many = {f"convolutions_{i}": {"kernel": np.zeros(1)} for i in range(12)}
+    found = [path[0] for path in impostors._hidden(many, "kernel")]
+    assert found == [f"convolutions_{i}" for i in range(12)]
+
+
+def _paths(params):
+    return traverse_util.flatten_dict(params).keys()
 
 
 def test_refitting_finds_the_kernel_that_made_the_pictures():

@@ -195,7 +195,7 @@ def test_orientation_of_a_flax_kernel_is_read_off_the_images():
         strides=2,
         padding=1,
     )
-    (warning,) = loaded.warnings
+    warning = loaded.warnings[0]
     assert "flipped, as Flax holds it" in warning and "does not tell which" in warning
 
 

@@ -1,14 +1,17 @@
 """The experiments of paper 2 as a user runs them: numbers recomputed from what the run kept."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import _config, key_capacity, key_quality
+from experiments import _config, _keyed, key_capacity, key_quality
 from experiments import registry as registry_experiment
 from experiments import robust_training, training_time
 from flipad_jax import data
@@ -288,7 +291,10 @@ def test_a_killed_registry_goes_on_at_the_user_where_it_was(tmp_path, monkeypatc
         ("keyed_models", "--num_acute=1", "two keys"),
         ("keyed_models", "--features=inception", "inception_weights"),
         ("robust_training", "--qualities=1,1", "each one once"),
-        ("key_capacity", "--counts=2000", "do not fit"),
+        ("key_capacity", "--counts=2000", "--counts=2000: so many keys do not fit"),
+        ("key_capacity", "--key_bandwidth=2", "--counts=8: so many keys do not fit"),
+        ("keyed_models", "--key_bandwidth=1", "--num_users=2: so many keys do not fit"),
+        ("keyed_models", "--num_acute=1024", "room for 1024 of the 1025 directions"),
         ("registry", "--users=a,a", "each one once"),
         ("registry", "--users=../x", "begins with a letter"),
         ("registry", "--output=rows.txt", ".csv or .jsonl"),
@@ -311,6 +317,63 @@ def test_mistakes_are_named_before_anything_is_trained(
     assert said in capsys.readouterr().err
     # Nothing was begun: other settings may be tried in the same place.
     assert {path.name for path in (tmp_path / "w").rglob("*")} <= {"config.flags", ".lock"}
+
+
+def test_a_model_that_missed_is_told_by_its_number_on_the_page_and_why():
+    root = zoo.load("digits_dcgan_0")
+    said: list[str] = []
+    arrays = {
+        "gamma": np.ones(2),
+        "rounds": np.array([3, 0]),
+        "reached": np.zeros(2, bool),
+    }
+    seconds = {"model-0-1": 1.0, "model-2-3": 1.0}
+    record = types.SimpleNamespace(
+        stage=lambda name, compute, text: arrays, seconds=seconds, warn=said.append
+    )
+    settings = _keyed.ModelSettings()
+    _keyed.make_models(settings, record, root, None, np.zeros((4, 32, 32, 1)), together=2)
+    assert [text.partition(":")[0] for text in said] == [f"model {i}" for i in (1, 2, 3, 4)]
+    for trained in (said[0], said[2]):
+        assert "after 3 rounds; more --max_rounds or --num_steps may help" in trained
+    for hopeless in (said[1], said[3]):
+        assert "too many real images" in hopeless and "no shift within" in hopeless
+        assert "--max_rounds" not in hopeless
+
+
+@pytest.mark.slow
+def test_what_a_registry_advises_can_be_given_at_the_next_start(tmp_path, capsys):
+    """Keys and copies that are there stay; a copy that no gamma would do for is told so."""
+    assert run(tmp_path, "registry", "--users=ann", "--delta=0.2") == 0
+    before = ledger.load(tmp_path)
+    flags = ("--key_steps=50", "--learning_rate=0.0005", "--batch_size=4")
+    assert run(tmp_path, "registry", "--users=ann,bob", *flags) == 0
+    after = ledger.load(tmp_path)
+    assert after.names == ("ann", "bob") and after.users[0] == before.users[0]
+    np.testing.assert_array_equal(after.keys[:1], before.keys)
+
+
+def test_a_copy_that_was_not_trained_is_not_advised_to_train_longer(monkeypatch):
+    root, said = zoo.load("digits_dcgan_0"), []
+    found = types.SimpleNamespace(
+        reached=[False], rounds=np.zeros(1, int), distinguishability=np.full(1, 0.5)
+    )
+    monkeypatch.setattr(user_generators, "search", lambda *_, **__: found)
+    monkeypatch.setattr(zoo, "record_file", lambda path: {})
+    record = types.SimpleNamespace(warn=said.append, parts=lambda text: contextlib.nullcontext())
+    held = types.SimpleNamespace(
+        root=root, keys=np.zeros((1, 32, 32, 1)), path=Path("there"), users=[_user("ann")]
+    )
+    images = types.SimpleNamespace(validation=None)
+    registry_experiment._train_models(registry_experiment.Config(), record, held, images)
+    assert "no gamma would do" in said[0] and "--" not in said[0]
+    found.rounds += 2
+    registry_experiment._train_models(registry_experiment.Config(), record, held, images)
+    assert "after 2 rounds" in said[1] and "more --max_rounds or --num_steps" in said[1]
+
+
+def _user(name):
+    return types.SimpleNamespace(name=name, sha256=None)
 
 
 def test_the_papers_tables_stand_beside_ours_for_every_c_that_was_run():

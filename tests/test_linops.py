@@ -9,7 +9,7 @@ from helpers import convolution_matrix, transposed_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flipad_jax.inversion import linops
+from flipad_jax.inversion import lasso, linops
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -293,6 +293,26 @@ KERNEL = np.ones((4, 4, 2, 3))
 def test_weights_that_do_not_fit_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("narrow", [jnp.float16, jnp.bfloat16])
+def test_weights_in_half_precision_are_widened_so_that_solvers_converge(narrow):
+    """The same lasso as with the same numbers in float32; in half precision it gave gaps near 1."""
+    kernel = jnp.asarray(0.3 * normal(3, (4, 4, 3, 1)), narrow)
+    op = linops.conv_transpose(kernel, (4, 4, 3), strides=2, padding=1)
+    assert op.dtype == linops.conv(kernel, (4, 4, 3)).dtype == jnp.float32
+    assert linops.dense(np.ones((4, 3), narrow)).dtype == jnp.float32
+    same = linops.conv_transpose(np.asarray(kernel, np.float32), (4, 4, 3), strides=2, padding=1)
+    targets = jnp.asarray(normal(4, (2, *op.output_shape)), jnp.float32)
+    z, info = lasso.solve(op, targets, lam=0.01, tol=1e-3)
+    assert np.all(info.converged)
+    np.testing.assert_array_equal(z, lasso.solve(same, targets, lam=0.01, tol=1e-3)[0])
+
+
+def test_float64_needs_x64():
+    with jax.enable_x64(False):
+        assert linops.dense(np.eye(2)).dtype == jnp.float32
+    assert linops.dense(np.eye(2)).dtype == jnp.float64
 
 
 @pytest.mark.parametrize("name", ["forward", "adjoint"])

@@ -77,15 +77,21 @@ def test_blur_of_one_pixel_changes_nothing():
     np.testing.assert_array_equal(perturbations.blur(pictures(), 1), pictures())
 
 
-# Offsets by hand: (h - size) / 2 and (w - size) / 2, halves to the even number.
+# By hand: size of the shorter side and size * longer / shorter of the other, half of what is left
+# before it, halves to the even number.
 @pytest.mark.parametrize(
-    "h, w, size, top, left",
-    [(12, 12, 10, 1, 1), (9, 12, 6, 2, 3), (9, 13, 4, 2, 4), (8, 8, 5, 2, 2)],
+    "h, w, size, top, left, bottom, right",
+    [
+        (12, 12, 10, 1, 1, 11, 11),
+        (9, 12, 6, 2, 2, 8, 10),
+        (13, 9, 4, 4, 2, 10, 6),
+        (8, 8, 5, 2, 2, 7, 7),
+    ],
 )
-def test_crop_is_centre_crop_and_bilinear_enlargement(h, w, size, top, left):
+def test_crop_is_centre_crop_and_bilinear_enlargement(h, w, size, top, left, bottom, right):
     torch = pytest.importorskip("torch")
     images = pictures(h=h, w=w)
-    kept = torch.tensor(images[:, top : top + size, left : left + size]).permute(0, 3, 1, 2)
+    kept = torch.tensor(images[:, top:bottom, left:right]).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(
         kept.float(), (h, w), mode="bilinear", align_corners=False, antialias=True
     ).permute(0, 2, 3, 1)
@@ -95,8 +101,18 @@ def test_crop_is_centre_crop_and_bilinear_enlargement(h, w, size, top, left):
 
 
 def test_a_crop_of_everything_changes_nothing():
-    images = pictures(h=12, w=12)
-    np.testing.assert_array_equal(perturbations.crop(images, 12), images)
+    for w in (12, 20):
+        images = pictures(h=12, w=w)
+        np.testing.assert_array_equal(perturbations.crop(images, 12), images)
+
+
+def test_a_crop_of_a_wide_image_does_not_stretch_it():
+    """A round spot stays round: as far across as it is high, and larger by the share."""
+    y, x = np.mgrid[:40, :80]
+    spot = (np.hypot(y - 19.5, x - 39.5) < 10) * np.uint8(255)
+    found = perturbations.crop(spot[None, ..., None], 30)[0, ..., 0] > 127
+    high, across = np.ptp(np.nonzero(found.any(1))), np.ptp(np.nonzero(found.any(0)))
+    assert high == across == pytest.approx(19 * 4 / 3, abs=1)
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -258,7 +274,8 @@ def test_a_crop_by_name_keeps_the_same_share_at_every_size(side, kept):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "-", "blur", "blur-", "blur-3.5", "blur-x", "Blur-3", "jpeg80", "none-1", "combination-2"],
+    ["", "-", "blur", "blur-", "blur-3.5", "blur-x", "Blur-3", "jpeg80", "none-1", "combination-2"]
+    + [form for form in perturbations.FORMS if "-" in form],  # not blur-N itself
 )
 def test_an_unknown_name_is_told_what_there_is(name):
     with pytest.raises(ValueError, match="blur-N, .*combination, any, none") as error:
@@ -279,6 +296,7 @@ def test_an_unknown_name_is_told_what_there_is(name):
         (lambda x: perturbations.jpeg(x, 0), "1 to 100"),  # Pillow would take it for 75
         (lambda x: perturbations.jpeg(x, 101), "1 to 100"),
         (lambda x: perturbations.jpeg(x, 90.5), "whole"),
+        (lambda x: perturbations.jpeg(x, float("inf")), "quality=inf"),
         (lambda x: perturbations.resize(x, 0.0), "factor=0.0"),
         (lambda x: perturbations.resize(x, float("inf")), "factor=inf"),
         (lambda x: perturbations.resize(x, 0.5, "nearest"), "bicubic"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,7 +192,8 @@ def test_rows_hold_any_file_name(tmp_path, names, ending):
     columns = ("path", "verdict", "score")
     _suspects.write_rows(path, columns, rows)
     assert read_back(path, columns) == rows
-    _suspects.check_output(path, columns, path.parent)  # and is known again as ours
+    record = SimpleNamespace(workdir=path.parent, shown="", has_kept_anything=lambda: True)
+    _suspects.check_output(path, columns, record)  # and is known again as ours
 
 
 @with_files

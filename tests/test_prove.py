@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
+import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,12 @@ import numpy as np
 import pytest
 import toy_model
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
-from experiments import _config, _regeneration, prove
+from experiments import _config, _record, _regeneration, prove
 from flipad_jax import data, perturbations
 from flipad_jax.detection import attributor as attribution
-from flipad_jax.detection import bundle, proof, regeneration
+from flipad_jax.detection import bundle, processing, proof, regeneration
 from flipad_jax.generators import zoo
 
 GENERATOR = toy_model.latent_generator()
@@ -94,6 +98,127 @@ def test_a_proof_can_be_repeated(finished):
     np.testing.assert_array_equal(written, made)
 
 
+def test_a_proof_is_repeated_and_compared_with_the_files(finished, folders):
+    workdir, _, own = finished
+    repeated = regeneration.repeat(
+        GENERATOR, workdir / "proofs.safetensors", folders[0] / "suspects"
+    )
+    assert [row.path for row in repeated] == [f"own/0000{i}.png" for i in range(NUM_OWN)]
+    rows = rows_of(workdir / "verdicts.csv")
+    for row in repeated:
+        assert row.is_the_file and row.reason == "" and row.processing == "none"
+        assert row.largest == float(rows[row.path]["largest"]) <= 1
+        assert row.rmse == pytest.approx(float(rows[row.path]["rmse"])) and row.rmse <= 0.5
+
+
+def test_files_that_were_changed_or_are_missing_are_rows_with_a_reason(finished, tmp_path):
+    workdir, _, own = finished
+    changed = own.copy()
+    changed[1, 3, 4, 0] ^= 64
+    data.write_images(tmp_path / "own", changed)
+    (tmp_path / "own" / "00002.png").unlink()
+    one, two, three = regeneration.repeat(GENERATOR, workdir / "proofs.safetensors", tmp_path)
+    assert one.is_the_file
+    assert not two.is_the_file and two.largest >= 63 and "SHA-256" in two.reason
+    assert three[2:] == (False, None, None, f"no such file below {tmp_path}")
+    data.write_images(tmp_path / "own", np.zeros((2, 16, 16, 3), np.uint8))
+    one, *_ = regeneration.repeat(GENERATOR, workdir / "proofs.safetensors", tmp_path)
+    assert one.largest is None and "is 16 x 16 pixels" in one.reason
+    with pytest.raises(ValueError, match="there is no folder '.*nowhere': give that of the images"):
+        regeneration.repeat(GENERATOR, workdir / "proofs.safetensors", tmp_path / "nowhere")
+
+
+def test_a_proof_is_not_repeated_with_other_weights(finished, folders):
+    changed = GENERATOR.replace(params={"mixing": GENERATOR.params["mixing"] + 1e-3})
+    with pytest.raises(ValueError, match="load the generator that the proofs were made with"):
+        regeneration.repeat(changed, finished[0] / "proofs.safetensors", folders[0] / "suspects")
+
+
+def test_what_holds_no_proofs_or_is_damaged_is_refused(finished, tmp_path):
+    def refuses(words):
+        with pytest.raises(ValueError, match=words):
+            regeneration.repeat(GENERATOR, tmp_path / "file", tmp_path)
+
+    refuses("file holds no proofs .*expected the proofs.safetensors that --experiment=prove")
+    (tmp_path / "file").write_text("no proofs")
+    refuses("holds no proofs")
+    whole = load_file(finished[0] / "proofs.safetensors")
+    save_file(whole, tmp_path / "file")
+    refuses("holds no proofs .*weights_sha256")
+    with safe_open(finished[0] / "proofs.safetensors", framework="np") as file:
+        metadata = file.metadata()
+    save_file({"latents": whole["latents"] + 1}, tmp_path / "file", metadata)
+    refuses("damaged: the latent of own/00000.png")
+    save_file({"latents": whole["latents"][1:]}, tmp_path / "file", metadata)
+    refuses(r"damaged: its latents are float32 \[2, 6\], expected float32 \[3, 6\]")
+    listed = json.loads(metadata["images"])
+    for entry, words in (
+        (7, "holds no proofs"),
+        ({**listed[0], "processing": "paint"}, "'paint' is unknown"),
+        ({**listed[0], "unknowns": [1.0]}, "expected 0 numbers"),
+        ({**listed[0], "processing": "jpeg", "unknowns": [float("nan")]}, "expected 1 numbers"),
+    ):
+        save_file(whole, tmp_path / "file", {**metadata, "images": json.dumps([entry] * 3)})
+        refuses(words)
+
+
+def suspect(path, kind, unknowns, replayed, image, latent):
+    row = prove.Row(path, "proved", 0.0, 0.0, 0.0, 0.0, kind, "", "")
+    row = row._replace(latent_sha256=hashlib.sha256(latent.tobytes()).hexdigest())
+    unknowns = np.asarray(unknowns, np.float32)
+    return prove.Suspect(row, image, image, image, latent, unknowns, replayed)
+
+
+def test_what_was_done_to_an_image_is_done_again(tmp_path):
+    """Every kind of processing, as `prove` writes it; also of a file whose name is no text."""
+    bank = regeneration.make_bank(GENERATOR, jax.random.key(98), 7)
+    done = [
+        ("none", (), ""),
+        ("noise", (), ""),
+        ("jpeg", (70.0,), "JPEG of quality 70"),
+        ("jpeg", (0.0,), "not compressed"),
+        ("blur", (0.2, 0.05, 0.0, 0.01), ""),
+        ("crop", (1.5, 0.3, -0.4), ""),
+        ("brightness", (0.7, 0.1), ""),
+    ]
+    suspects, folder = [], tmp_path / "images"
+    for number, (kind, unknowns, replayed) in enumerate(done):
+        image = bank.images[number]
+        if replayed.startswith("JPEG"):
+            image = perturbations.jpeg(image[None], 70)[0]
+        elif kind not in ("none", "jpeg"):
+            floats = GENERATOR.apply(GENERATOR.params, bank.latents[number, None])
+            image = data.to_uint8(processing.get(kind).apply(floats, jnp.array(unknowns)))[0]
+        (file,) = data.write_images(folder, image[None])
+        name = "caf\udce9.png" if number == 0 else f"{number}.png"
+        os.rename(file, folder / name)
+        suspects.append(suspect(name, kind, unknowns, replayed, image, bank.latents[number]))
+    suspects.append(suspects[0]._replace(row=suspects[0].row._replace(path="../images/1.png")))
+    prove._write_proofs(tmp_path, suspects, GENERATOR)
+    *repeated, outside = regeneration.repeat(GENERATOR, tmp_path / "proofs.safetensors", folder)
+    assert [row.processing for row in repeated] == [kind for kind, _, _ in done]
+    for row in repeated:  # another program may round a tie otherwise
+        assert row.is_the_file and row.largest <= 1 and row.rmse < 0.1, row
+    assert outside.reason.startswith("no such file")  # whatever lies there
+
+
+def test_the_snippet_of_the_documentation_repeats_a_proof(
+    finished, folders, tmp_path, monkeypatch, capsys
+):
+    text = (Path(__file__).parent.parent / "docs" / "proof.md").read_text()
+    snippet = text.partition("To repeat a proof:\n\n```python\n")[2].partition("```")[0]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "proofs").symlink_to(finished[0], target_is_directory=True)
+    (tmp_path / "suspects").symlink_to(folders[0] / "suspects", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "load", lambda name: GENERATOR)
+    exec(compile(snippet, "docs/proof.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said] == [
+        [f"own/0000{i}.png", "True"] for i in range(NUM_OWN)
+    ]
+
+
 def test_the_page_shows_what_a_verdict_rests_on(finished):
     page = (finished[0] / "report.html").read_text()
     for words in ("proved", "regenerated, and difference times 32", "codimension", "own/00000.png"):
@@ -142,7 +267,7 @@ def test_another_folder_takes_the_calibration_of_the_first(
         path.name for path in (workdir / "stages").glob("own-*")
     }
     assert run(tmp_path / "third", *flags, "--num_starts=1") == 0
-    assert searched[1:] == [60, 40, 1]
+    assert searched[1:] == [32, 28, 32, 8, 1]
     warned = json.loads((tmp_path / "third" / "results.json").read_text())["warnings"]
     assert any("calibrating anew" in text for text in warned)
 
@@ -164,6 +289,12 @@ def test_processed_images_are_found_by_the_search_that_knows(folders, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert {row["processing"] for row in rows} == {"brightness"}
     assert {row["verdict"] for row in rows} <= {"proved", "ours"}
+    assert "proved" in {row["verdict"] for row in rows}
+    file = tmp_path / "run" / "proofs.safetensors"
+    for row, again in zip(rows, regeneration.repeat(GENERATOR, file, tmp_path / "dark")):
+        assert again.path == row["path"] and again.is_the_file
+        assert again.processing == "brightness"
+        assert again.largest == row["largest"] and again.rmse == pytest.approx(row["rmse"])
 
 
 def test_noise_of_any_strength_is_no_reason_to_refuse():
@@ -301,7 +432,7 @@ def test_copies_are_searched_once(folders, tmp_path, searched):
     data.write_images(tmp_path / "images", np.stack([own[0], own[0]]))
     flags = (*FLAGS, f"--images={tmp_path / 'images'}", f"--foreign={root / 'foreign'}")
     assert run(tmp_path / "run", *flags) == 0
-    assert searched == [60, 40, 1]
+    assert searched == [32, 28, 32, 8, 1]
     rows = rows_of(tmp_path / "run" / "verdicts.csv")
     one, two = rows["00000.png"], rows["00001.png"]
     assert {**one, "path": ""} == {**two, "path": ""} and one["verdict"] == "proved"
@@ -395,6 +526,80 @@ def test_foreign_images_that_are_ours_stop_the_run(folders, tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 2
     said = capsys.readouterr().err
     assert "3 of 6 foreign images are regenerated" in said and "40 were wanted" in said
+    assert f"take what it made out of --foreign={tmp_path / 'mixed'};" in said
+    assert {name for name in (f"0000{i}.png" for i in range(6)) if name in said} == {
+        f"0000{i}.png" for i in range(3)
+    }
+
+
+def test_foreign_images_of_a_data_set_that_are_ours_are_numbered(
+    folders, tmp_path, capsys, monkeypatch
+):
+    root, own = folders
+    others = data.read_images(root / "foreign").images[:4]
+    monkeypatch.setattr(data, "load", lambda *_, **__: np.concatenate([others, own[:2]]))
+    flags = (*FLAGS, f"--images={root / 'suspects'}", "--foreign=digits")
+    assert run(tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err
+    assert "number 4 of the test split, number 5 of the test split (counted from 0)" in said
+    assert "give a folder without what it made as --foreign, not digits;" in said
+
+
+def test_of_many_foreign_images_that_are_ours_some_are_named():
+    names = [f"{i}.png" for i in range(9)]
+    known = prove.Known(np.zeros(0), np.zeros(0), names, "folder", True)
+    hits = np.array([False, *[True] * 8])
+    with pytest.raises(
+        _record.UsageError, match=r"8 of 9 .*: 1.png, 2.png, 3.png, 4.png, 5.png and 3 more\. If"
+    ):
+        prove._refuse_hits(known, hits, 9, "none")
+    prove._refuse_hits(known, hits & False, 9, "none")
+
+
+def test_blocks_find_what_one_search_finds_with_its_codec(tmp_path, capsys):
+    images = perturbations.jpeg(regeneration.make_bank(GENERATOR, jax.random.key(97), 5).images, 60)
+    config = prove.Config(num_starts=2)
+    with _record.open_workdir(tmp_path / "run", {"experiment": "prove"}) as record:
+        asked = (config, record, GENERATOR, None, images, "jpeg", jax.random.key(4), "five")
+        whole = _regeneration.search(*asked)
+        capsys.readouterr()
+        parts = _regeneration.search_in_blocks(*asked, "stage", 2)
+    assert capsys.readouterr().err.count("five: searching ...") == 1
+    assert set(parts) == set(whole) and len(set(whole["replayed"])) > 1
+    for key, values in whole.items():
+        if key == "misfit":  # a sum in float32, of another program
+            np.testing.assert_allclose(parts[key], values, rtol=1e-4)
+        else:
+            np.testing.assert_array_equal(parts[key], values, err_msg=key)
+
+
+def test_a_stop_costs_a_block_of_the_calibration(finished, tmp_path, capsys, monkeypatch, searched):
+    """And what is found of an image does not depend on its block."""
+    workdir, flags, _ = finished
+    monkeypatch.setattr(prove, "_BLOCK", 25)
+    monkeypatch.setattr(_record, "_KEEP_EVERY", 0.0)
+    counting = regeneration.regenerate
+
+    def stopped_in_the_second(*args, **kwargs):
+        if len(searched) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return counting(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(regeneration, "regenerate", stopped_in_the_second)
+        assert run(tmp_path / "run", *flags) == 128 + signal.SIGTERM
+    assert searched == [25, 25]
+    capsys.readouterr()
+    assert run(tmp_path / "run", *flags) == 0
+    assert searched[2:] == [10, 25, 15, NUM_OWN + 2]
+    assert capsys.readouterr().err.count("60 own images: searching ...") == 1
+    assert not any((tmp_path / "run" / "parts").glob("*"))
+    whole = sorted((workdir / "stages").glob("*-none-*.npz"))
+    assert [path.name.split("-")[0] for path in whole] == ["foreign", "own", "search"]
+    for path in whole:
+        with np.load(path) as before, np.load(tmp_path / "run" / "stages" / path.name) as after:
+            for key in ("latent", "rmse", "image", "proved", "starts", "iterations", "equations"):
+                np.testing.assert_array_equal(after[key], before[key], err_msg=key)
 
 
 def test_processing_is_named_as_perturbations_are_and_may_have_a_strength(tmp_path, capsys):

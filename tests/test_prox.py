@@ -74,6 +74,10 @@ def test_relative_gap():
     assert values == [0, 0.25]
     assert np.isnan(prox.relative_gap(jnp.asarray(np.nan), jnp.asarray(np.nan)))
     assert np.isnan(prox.relative_gap(jnp.asarray(np.nan), jnp.asarray(0.0)))
+    # By hand: A = 1, o = 1, lam = 1, z = 3: primal 2 + 3, dual 1/2 - (1 + 1)^2 / 2. Above 1.
+    one, o, z = linops.dense(np.eye(1)), jnp.ones(1), jnp.full(1, 3.0)
+    gap, value = prox.duality_gap(one, z, o, lam=1.0), prox.objective(one, z, o, lam=1.0)
+    assert float(prox.relative_gap(gap, value)) == pytest.approx(6.5 / 5)
 
 
 def test_nan_anywhere_shows_in_the_gap():

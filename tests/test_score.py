@@ -139,6 +139,24 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on(
     assert metrics(workdir)["shards_kept"] == 2
 
 
+def test_a_copy_of_the_corpus_goes_on_with_its_scores(attributor_folder, suspects, tmp_path):
+    """By whatever path it and the attributor are named, if the times are kept."""
+    workdir = tmp_path / "w"
+    flags = (f"--attributor={attributor_folder}", f"--images={suspects}", f"--workdir={workdir}")
+    assert run(*flags) == 0
+    before = files(workdir)
+    for path, folder in ((suspects, "moved"), (attributor_folder, "attributor")):
+        subprocess.run(["cp", "-a", path, tmp_path / folder], check=True)
+    assert run(*flags, f"--images={tmp_path / 'moved'}") == 0
+    assert files(workdir) == before and metrics(workdir)["scored_now"] == 0
+    # It is remembered, as everything else is.
+    flags = ["run.py", "--experiment=score", f"--workdir={workdir}"]
+    assert _config.main([*flags, f"--attributor={tmp_path / 'attributor'}"]) == 0
+    shutil.rmtree(suspects)
+    assert _config.main(flags) == 0
+    assert files(workdir) == before and metrics(workdir)["scored_now"] == 0
+
+
 def test_a_corpus_or_an_attributor_that_has_changed_is_refused(
     attributor_folder, suspects, tmp_path, capsys
 ):

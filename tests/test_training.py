@@ -142,6 +142,27 @@ def test_without_a_place_to_save_stopping_says_so(stream):
         )
 
 
+def test_a_checkpoint_of_other_seeds_or_more_steps_is_not_taken_for_this_training(stream, tmp_path):
+    images, folder = an_array(stream), tmp_path / "c"
+    run = functools.partial(training.train, GAN, images, batch_size=4, checkpoint_dir=folder)
+    first = run(seeds=(1, 2), num_steps=2)
+    for other in ((3, 4), (2, 1)):
+        with pytest.raises(ValueError, match=f"2 in {folder} is of other seeds than {other[0]}, "):
+            run(seeds=other, num_steps=2)
+    with pytest.raises(ValueError, match=f"2 in {folder} has more steps than num_steps=1: give at"):
+        run(seeds=(1, 2), num_steps=1)
+    again = run(seeds=(1, 2), num_steps=2)  # The same call finds what it made.
+    chex.assert_trees_all_equal(jax.tree.map(plain, again), jax.tree.map(plain, first))
+
+
+def test_a_checkpoint_of_two_processes_is_not_called_damaged(stream, tmp_path):
+    states = training.init_seeds(GAN, jnp.asarray((1, 2), jnp.uint32))
+    position = np.zeros(2, np.int64)
+    checkpoints.save(tmp_path / "c", 1, {"states": states, "position_per_process": position})
+    with pytest.raises(ValueError, match="was trained by 2 processes, this is 1: start as many"):
+        training.train(GAN, stream, seeds=(1, 2), num_steps=2, checkpoint_dir=tmp_path / "c")
+
+
 def test_a_checkpoint_of_an_array_is_none_of_a_stream(stream, tmp_path):
     run = functools.partial(training.train, GAN, seeds=(0, 1), checkpoint_dir=tmp_path / "c")
     run(an_array(stream), num_steps=1, batch_size=4)

@@ -143,6 +143,11 @@ def test_mistakes_are_named(keys):
         user_keys.joint(rng, REAL, GENERATED, 37)
     with pytest.raises(ValueError, match="one size"):
         user_keys.joint(rng, REAL, np.zeros((4, 5, 5, 1), np.float32), 1)
+    for find in (user_keys.joint, user_keys.sequential):  # as many numbers, other images
+        with pytest.raises(ValueError, match=r"\(4, 9, 1\) each, the real ones \(6, 6, 1\)"):
+            find(rng, REAL, GENERATED.reshape(-1, 4, 9, 1), 1)
+        with pytest.raises(ValueError, match=r"earlier keys are \(4, 9, 1\) each"):
+            find(rng, REAL, GENERATED, 1, earlier=keys.reshape(-1, 4, 9, 1))
     with pytest.raises(ValueError, match="another size"):
         user_keys.sequential(rng, REAL[:, :5], GENERATED[:, :5], 1, earlier=keys)
     with pytest.raises(ValueError, match="right angles"):
@@ -177,5 +182,6 @@ def test_a_bandwidth_that_images_do_not_have_is_refused():
             config = dataclasses.replace(QUICK, bandwidth=bad)
             user_keys.joint(jax.random.key(0), REAL, GENERATED, 1, config=config)
     config = dataclasses.replace(QUICK, bandwidth=1)
-    with pytest.raises(ValueError, match="room for"):
+    said = "within a bandwidth of 1 have room for 1 of the 2 directions that are needed"
+    with pytest.raises(ValueError, match=said):
         user_keys.joint(jax.random.key(0), REAL, GENERATED, 2, config=config)

@@ -46,6 +46,7 @@ from flipad_jax.detection.feature_rows import FeatureRows
 from flipad_jax.detection.one_class import OneClass, OneClassConfig
 from flipad_jax.detection.reconstruction import ReconstructionConfig, Reconstructor
 from flipad_jax.detection.validity import Validity
+from flipad_jax.inversion import mismatch
 from flipad_jax.inversion.final_layer import FinalLayer, invert
 
 __all__ = [
@@ -733,6 +734,10 @@ def fit(
         )
     if impostors is not None:  # `num_altered` has its own bound.
         classifier.check_counts(num_fitted, len(impostors))
+    if config.features == "activations":
+        wrong = mismatch.warning(layer, z_bar, generated)
+        if wrong:
+            logging.warning("%s", wrong)
     smallest = calibration.smallest_certifiable_fnr(num_calibration)
     if smallest > _USUAL_FNR:
         logging.warning(

@@ -40,7 +40,11 @@ The residual of an untouched image of ours is rounding: uniform in +-1/2, root m
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flipad_jax import data
+from flipad_jax.detection import processing as kinds
 from flipad_jax.detection.latent_inversion import LatentGenerator
 from flipad_jax.detection.processing import Codec, Processing
 from flipad_jax.generators import sampling
@@ -59,20 +64,24 @@ __all__ = [
     "Regenerated",
     "RegenerationConfig",
     "RegenerationState",
+    "Repeated",
     "check_generator",
     "init",
     "linearize",
     "make_bank",
     "make_images",
     "regenerate",
+    "repeat",
     "residual",
     "target_residual",
     "update",
+    "weights_sha256",
 ]
 
 # Beyond it float32 has no digits left for atanh: |o| up to 7.6.
 _EDGE = 1 - 1e-6
 _PROBES = 4  # latents at which a generator is looked at before a search
+_NOT_COMPRESSED = "not compressed"  # what is said where there was a codec to replay and no need to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,7 +438,7 @@ def _update_all(model, images, states, config):
 
 
 def make_images(generator: TrainedGenerator | LatentGenerator, latents: np.ndarray) -> np.ndarray:
-    """What latents make: how a proof is repeated.
+    """What latents make, before any processing.
 
     Args:
       generator: the model.
@@ -437,21 +446,21 @@ def make_images(generator: TrainedGenerator | LatentGenerator, latents: np.ndarr
     Returns:
       `[n, h, w, c]` uint8, rounded to the nearest grey level.
     """
-    latents = np.asarray(latents, np.float32)
+    return _made((generator, None), np.asarray(latents, np.float32))
+
+
+def _made(model: Model, z: np.ndarray) -> np.ndarray:
+    """uint8 images of latents, and of the unknowns behind them."""
     blocks = []
-    for start in range(0, len(latents), 256):
-        block = latents[start : start + 256]
-        blocks.append(
-            np.asarray(_make_all(generator, jnp.asarray(data.filled(block))))[: len(block)]
-        )
-    return (
-        np.concatenate(blocks) if blocks else np.zeros((0, *check_generator(generator)), np.uint8)
-    )
+    for start in range(0, len(z), 256):
+        block = z[start : start + 256]
+        blocks.append(np.asarray(_make_all(model, jnp.asarray(data.filled(block))))[: len(block)])
+    return np.concatenate(blocks) if blocks else np.zeros((0, *check_generator(model[0])), np.uint8)
 
 
 @jax.jit
-def _make_all(generator, z):
-    made = jax.vmap(functools.partial(_image, (generator, None)))(z)
+def _make_all(model, z):
+    made = jax.vmap(functools.partial(_image, model))(z)
     return jnp.clip(jnp.round(_levels(made)), 0, 255).astype(jnp.uint8)
 
 
@@ -717,7 +726,7 @@ def _through_codec(
     codec = cast(Codec, processing.codec)
     todo = np.flatnonzero(~first.proved & np.isfinite(first.rmse))  # else there is no image
     guesses = [codec.guess(first.image[index], images[index]) for index in todo]
-    words = ["not compressed"] * len(images)
+    words = [_NOT_COMPRESSED] * len(images)
     unknowns = np.zeros((len(images), codec.num_unknowns), np.float32)
     whole = first._replace(unknowns=unknowns, replayed=tuple(words))
     if not len(todo):
@@ -947,3 +956,180 @@ def _enter(
         mask.reshape(-1, *[1] * (a.ndim - 1)), a, b
     )
     return jax.tree.map(choose, new, states)
+
+
+def weights_sha256(generator: TrainedGenerator | LatentGenerator) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights, in the order of the pytree."""
+    weights = generator.variables if isinstance(generator, TrainedGenerator) else generator.params
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Repeated(NamedTuple):
+    """An image of a file of proofs, made again.
+
+    Attributes:
+      path: of the image, below the folder.
+      processing: that was found, and done again to what the latent makes; "none" without any.
+      is_the_file: whether the file has the very pixels that were searched for, by their SHA-256.
+      largest: difference of the pixel that differs most between the file and what was made again,
+        in grey levels; None if there is no image to compare with.
+      rmse: root mean square of the differences; None as well.
+      reason: why it is not the file; empty if it is.
+    """
+
+    path: str
+    processing: str
+    is_the_file: bool
+    largest: float | None
+    rmse: float | None
+    reason: str
+
+
+def repeat(
+    generator: TrainedGenerator | LatentGenerator,
+    path: str | os.PathLike,
+    folder: str | os.PathLike,
+) -> list[Repeated]:
+    """Repeat proofs: make every image again, with its processing, and compare it with the file.
+
+    Args:
+      generator: the model, with the weights that the proofs were made with.
+      path: WORKDIR/proofs.safetensors, as `--experiment=prove` writes it.
+      folder: of the images that were searched for (or the one file), what `--images` was.
+    Returns:
+      a row per latent of the file, in its order. A file that is missing, cannot be read or was
+      changed is a row with a reason.
+    Raises:
+      ValueError: if `path` holds no proofs or is damaged, the generator has other weights than
+        they were made with, or there is no such folder.
+    """
+    root = os.fspath(folder)
+    if os.path.isfile(root):
+        root = os.path.dirname(root)
+    elif not os.path.isdir(root):
+        raise ValueError(f"there is no folder {root!r}: give that of the images that were proved")
+    latents, proofs = _read_proofs(generator, os.fspath(path))
+    made = _made_again(generator, latents, proofs)
+    return [_compared(root, proof, image) for proof, image in zip(proofs, made, strict=True)]
+
+
+class _Proof(NamedTuple):
+    """What a file of proofs says of a latent."""
+
+    path: str
+    pixels_sha256: str
+    latent_sha256: str
+    processing: str
+    unknowns: np.ndarray  # [p]
+    replayed: str
+
+
+def _read_proofs(
+    generator: TrainedGenerator | LatentGenerator, path: str
+) -> tuple[np.ndarray, list[_Proof]]:
+    """Latents `[n, d]` float32, and what is said of each."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata, latents = file.metadata() or {}, file.get_tensor("latents")
+        weights = metadata["weights_sha256"]
+        proofs = [_proof(entry) for entry in json.loads(metadata["images"])]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no proofs ({type(error).__name__}: {error}): expected the "
+            "proofs.safetensors that --experiment=prove writes into its workdir"
+        ) from error
+    own = weights_sha256(generator)
+    if weights != own:
+        raise ValueError(
+            f"{path} was made with weights of SHA-256 {weights[:12]}..., those of this generator "
+            f"have {own[:12]}...: load the generator that the proofs were made with"
+        )
+    expected = (len(proofs), generator.latent_dim)
+    if latents.shape != expected or latents.dtype != np.float32:
+        raise ValueError(
+            f"{path} is damaged: its latents are {latents.dtype} {list(latents.shape)}, expected "
+            f"float32 {list(expected)}; take another copy"
+        )
+    for latent, proof in zip(latents, proofs, strict=True):
+        if hashlib.sha256(latent.tobytes()).hexdigest() != proof.latent_sha256:
+            raise ValueError(
+                f"{path} is damaged: the latent of {proof.path} is not the one whose SHA-256 it "
+                "names; take another copy"
+            )
+    return latents, proofs
+
+
+def _proof(entry: dict[str, Any]) -> _Proof:
+    """One entry of the metadata.
+
+    Raises:
+      KeyError, TypeError, ValueError: for something else.
+    """
+    path, name = str(entry["path"]), str(entry["processing"])
+    unknowns = np.array(entry["unknowns"], np.float32)
+    count = 0
+    if name != "none":
+        kind = kinds.get(name)
+        count = kind.codec.num_unknowns if kind.codec else kind.num_unknowns
+    if unknowns.shape != (count,) or not np.isfinite(unknowns).all():
+        raise ValueError(
+            f"{path}: {name} with unknowns {entry['unknowns']}, expected {count} numbers"
+        )
+    pixels, latent = str(entry["pixels_sha256"]), str(entry["latent_sha256"])
+    return _Proof(path, pixels, latent, name, unknowns, str(entry["replayed"]))
+
+
+def _made_again(
+    generator: TrainedGenerator | LatentGenerator, latents: np.ndarray, proofs: Sequence[_Proof]
+) -> np.ndarray:
+    """What `Regenerated.processed` was, `[n, h, w, c]` uint8."""
+    images = make_images(generator, latents)
+    for name in sorted({proof.processing for proof in proofs} - {"none"}):
+        kind = kinds.get(name)
+        places = [i for i, proof in enumerate(proofs) if proof.processing == name]
+        if kind.codec is None:
+            unknowns = np.stack([proofs[i].unknowns for i in places])
+            z = np.concatenate([latents[places], unknowns], axis=1)
+            images[places] = _made((generator, kind), z)
+            continue
+        for i in places:
+            if proofs[i].replayed != _NOT_COMPRESSED:
+                images[i], _ = kind.codec.replay(images[i], proofs[i].unknowns)
+    return images
+
+
+def _compared(root: str, proof: _Proof, made: np.ndarray) -> Repeated:
+    file = _file_below(root, proof.path)
+    image: np.ndarray | None = None
+    reason: str | None = f"no such file below {root}"
+    if file is not None:
+        image, reason = data.decode_image(file, made.shape)
+    if image is None:
+        return Repeated(proof.path, proof.processing, False, None, None, str(reason))
+    difference = np.abs(made.astype(np.float64) - image)
+    is_the_file = hashlib.sha256(image.tobytes()).hexdigest() == proof.pixels_sha256
+    return Repeated(
+        proof.path,
+        proof.processing,
+        is_the_file,
+        float(difference.max()),
+        float(np.sqrt(np.square(difference).mean())),
+        "" if is_the_file else "its pixels are not those that were searched for (SHA-256)",
+    )
+
+
+def _file_below(root: str, path: str) -> str | None:
+    """The file of a proof, if there is one; none outside of the folder, whatever the proof says."""
+    if os.path.isabs(path) or ".." in path.split("/"):
+        return None
+    # Bytes of a name that are no text were written as \udcXX.
+    name = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), path)
+    files = (os.path.join(root, tried) for tried in (path, name))
+    return next((file for file in files if os.path.isfile(file)), None)

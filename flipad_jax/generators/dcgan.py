@@ -12,7 +12,7 @@ generator step per discriminator step. The discriminator sees real and generated
 batches, each normalised by its own statistics.
 """
 
-from typing import Callable
+from typing import Callable, cast
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def dcgan(
         generator_loss=_generator_loss,
         optimizer=optax.adam(LEARNING_RATE, b1=0.5, b2=0.999),
         discriminator_steps=1,
-        image_shape=image_shape,
+        image_shape=cast(tuple[int, int, int], tuple(image_shape)),
         latent_dim=latent_dim,
         learning_rate=LEARNING_RATE,
     )

@@ -24,7 +24,7 @@ generator, as in the other families (published: after it).
 """
 
 import functools
-from typing import Callable
+from typing import Callable, cast
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def ebgan(
         generator_loss=_generator_loss(squared=convention == "paper"),
         optimizer=optax.adam(LEARNING_RATE, b1=0.5, b2=0.999),
         discriminator_steps=5 if convention == "paper" else 1,
-        image_shape=image_shape,
+        image_shape=cast(tuple[int, int, int], tuple(image_shape)),
         latent_dim=latent_dim,
         learning_rate=LEARNING_RATE,
     )

@@ -22,6 +22,7 @@ elsewhere (`interop` does it in PyTorch) hands the changed activations to `finis
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -104,7 +105,13 @@ def generate(
 def _hidden(params: Any, name: str) -> list[tuple[str, ...]]:
     """Paths of the hidden arrays of a name, from the latent to the image."""
     flat = traverse_util.flatten_dict(params)
-    return sorted(path for path in flat if path[-1] == name and path[0] != "last")
+    hidden = [path for path in flat if path[-1] == name and path[0] != "last"]
+    return sorted(hidden, key=_depth)
+
+
+def _depth(path: tuple[str, ...]) -> tuple[bool, list[int], tuple[str, ...]]:
+    """Sorts paths: a linear layer sees the latent, and convolutions are numbered from there."""
+    return path[0] != "linear", [int(part) for part in re.findall(r"\d+", path[0])], path
 
 
 def _log_uniform(uniform: jax.Array, limits: tuple[float, float]) -> jax.Array:

@@ -19,6 +19,8 @@ Departures from both: no bias before batch normalisation, where it would change 
 discriminator is updated before the generator, as in the other families (published: after it).
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -157,7 +159,7 @@ def lsgan(
         generator_loss=_generator_loss,
         optimizer=optax.adam(LEARNING_RATE, b1=0.5, b2=0.999),
         discriminator_steps=5 if convention == "paper" else 1,
-        image_shape=image_shape,
+        image_shape=cast(tuple[int, int, int], tuple(image_shape)),
         latent_dim=latent_dim,
         learning_rate=LEARNING_RATE,
     )

@@ -4,7 +4,12 @@
 generator, so its weights have to meet an architecture that is known here: transposed convolutions 4
 x 4 with batch normalisation in between (DCGAN, WGAN-GP, EBGAN: their generators are one), or a
 linear layer and upsampled 3 x 3 convolutions (LSGAN). What is in the file decides which it is, how
-wide and for which images; nothing is guessed. Read them with `interop.read_arrays`.
+wide and for which images. Read them with `interop.read_arrays`.
+
+A state dict holds no activations, strides or padding: they are assumed to be the family's, ReLU
+after every normalisation and tanh at the end. A model of the same shapes that has others (leaky
+ReLU, say) is read without a complaint and makes other images, so compare an image of yours with
+what the imported generator makes of the same latent.
 """
 
 import math

@@ -10,6 +10,7 @@ is then part of every checkpoint.
 import concurrent.futures
 import functools
 import hashlib
+import re
 import time
 from typing import Any, Callable, NamedTuple
 
@@ -350,7 +351,8 @@ def train(
       the states with a leading axis of seeds, on one device; `take_seed` picks one.
     Raises:
       ValueError: if the images do not fit the model, or are fewer than a batch, or a batch cannot
-        be divided among the processes.
+        be divided among the processes; if the checkpoint is of another model, of other seeds, of
+        more steps, or of a stream that another number of processes read.
       FloatingPointError: if a loss or a gradient is not finite, naming the step, the learning rate
         and the batch; checkpoints from before remain.
       checkpoints.Preempted: if `should_stop` said so; the same call goes on.
@@ -368,9 +370,10 @@ def train(
     states = parallel.replicate(init_seeds(gan, jnp.asarray(seeds, jnp.uint32)), source.mesh)
     step = 0
     if checkpoint_dir is not None:
-        restored = checkpoints.restore_latest(checkpoint_dir, source.with_position(states))
+        restored = _restored(checkpoint_dir, source.with_position(states))
         if restored is not None:
-            step, states = restored[0], source.at_position(restored[1])
+            rng, step, states = states.rng, restored[0], source.at_position(restored[1])
+            _check_resumed(checkpoint_dir, step, states.rng, rng, seeds, num_steps)
     losses: list[Losses] = []
     since = time.perf_counter()
     try:
@@ -407,6 +410,45 @@ def train(
     finally:
         source.close()
     return parallel.local(states)
+
+
+def _restored(folder: str, template: Any) -> tuple[int, Any] | None:
+    """The newest checkpoint; one of another number of processes is no damage, and is named."""
+    try:
+        return checkpoints.restore_latest(folder, template)
+    except ValueError as error:
+        # Each process has a row of its own; this is how `checkpoints` says that there are others.
+        found = re.search(r"position_per_process'\] is \[(\d+)\] there", str(error))
+        if found is None:
+            raise
+        then, now = int(found[1]), jax.process_count()
+        raise ValueError(
+            f"what is in {folder} was trained by {then} process{'es' if then != 1 else ''}, this "
+            f"is {now}: start as many, or train anew in another folder"
+        ) from error
+
+
+def _check_resumed(
+    folder: str,
+    step: int,
+    found: jax.Array,
+    expected: jax.Array,
+    seeds: tuple[int, ...],
+    num_steps: int,
+) -> None:
+    """A checkpoint of the same shapes may be another training's: the seeds' keys tell, `[s]`."""
+    then, now = (jax.random.key_data(parallel.local(keys)) for keys in (found, expected))
+    if not np.array_equal(then, now):
+        raise ValueError(
+            f"checkpoint {step} in {folder} is of other seeds than {', '.join(map(str, seeds))}: "
+            "give the seeds that it was trained with, or another folder to train these from the "
+            "start"
+        )
+    if step > num_steps:
+        raise ValueError(
+            f"checkpoint {step} in {folder} has more steps than num_steps={num_steps}: give at "
+            f"least {step} to go on from it, or another folder to train anew"
+        )
 
 
 class _Array:

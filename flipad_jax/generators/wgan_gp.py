@@ -6,6 +6,8 @@ sigmoid. Five critic steps per generator step, the last of which shares its late
 gradient penalty 10, Adam 2e-4 with betas (0, 0.9).
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -88,7 +90,7 @@ def wgan_gp(
         generator_loss=_generator_loss,
         optimizer=optax.adam(LEARNING_RATE, b1=0.0, b2=0.9),
         discriminator_steps=5,
-        image_shape=image_shape,
+        image_shape=cast(tuple[int, int, int], tuple(image_shape)),
         latent_dim=latent_dim,
         learning_rate=LEARNING_RATE,
     )

@@ -76,7 +76,9 @@ class FinalLayer:
 
 
 def forward(layer: FinalLayer, z: jax.Array) -> jax.Array:
-    """Image of one activation: sigma(A z + bias), `[h, w, c]` in [-1, 1]; batch with `jax.vmap`.
+    """Image of one activation: sigma(A z + bias), `[h, w, c]`; batch with `jax.vmap`.
+
+    In [-1, 1], but for the activation "identity", which bounds nothing.
 
     Raises:
       ValueError: if the shape or dtype of `z` or of the bias is not that of the operator.

@@ -88,8 +88,8 @@ def solve(
       method: a name in `METHODS`: "primal_dual", or "fista" as in the FLIPAD paper. The first is
         far quicker where the layer has more activations than outputs, as last layers mostly have.
         With a `tol`, FISTA takes its place where there are fewer (a dense decoder), and goes on
-        where it has not certified an image after a quarter of `max_iters` and 2000 iterations, as with
-        foreign images where some of A A^T is next to nothing.
+        where it has not certified an image after a quarter of `max_iters` and 2000 iterations, as
+        with foreign images where some of A A^T is next to nothing.
       tol: relative duality gap to reach; 0 for exactly `max_iters` iterations on every image. For
         targets of 8-bit images and lam = 5e-4, float32 cannot tell gaps below about 5e-4, as the
         residual is then 1e-4 of the target: build the operator in float64 for a tighter one.

@@ -7,9 +7,12 @@ the weights fit the input; the classes themselves check nothing when they are co
 
 Every operator acts on ONE sample without a batch axis: `forward(z)` maps `input_shape` to
 `output_shape`, `adjoint(o)` maps back, and `<forward(z), o> == <z, adjoint(o)>` up to rounding.
-Use `jax.vmap(op.forward)` for more samples. Arrays must have the dtype of the operator: nothing is
-promoted or cast in silence. All products run at `lax.Precision.HIGHEST`, because accelerators
-multiply in reduced precision by default and the adjoint would then not be one.
+Use `jax.vmap(op.forward)` for more samples. All products run at `lax.Precision.HIGHEST`, because
+accelerators multiply in reduced precision by default and the adjoint would then not be one.
+
+An operator is float32 or float64. Samples must have its dtype and are never cast. Weights are, as
+they come in: narrower ones (float16, bfloat16) are widened to float32, as solvers do not converge
+in less, and float64 needs `jax_enable_x64`, without which JAX makes float32 of it.
 
 Kernel layout is `[kh, kw, in, out]`, images are `[h, w, c]`. Orientation:
 
@@ -67,7 +70,8 @@ class LinearOperator(Protocol):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Floating dtype of the weights, and of everything that goes in and comes out."""
+        """Floating dtype of the weights, and of everything that goes in and comes out; float32 or
+        float64."""
 
     def forward(self, z: jax.Array) -> jax.Array:
         """Apply A to one sample."""
@@ -231,7 +235,7 @@ def conv_transpose(
         stride, as in PyTorch; only with numeric padding.
 
     Returns:
-      The operator, in the dtype of the kernel.
+      The operator, in the dtype of the kernel, at least float32; float64 needs `jax_enable_x64`.
 
     Raises:
       ValueError: if the kernel does not fit the input, is not floating or not finite, or an option
@@ -295,7 +299,7 @@ def conv(
         "SAME" / "VALID" as in `lax.conv_general_dilated`.
 
     Returns:
-      The operator, in the dtype of the kernel.
+      The operator, in the dtype of the kernel, at least float32; float64 needs `jax_enable_x64`.
 
     Raises:
       ValueError: if the kernel does not fit the input, is not floating or not finite, or an option
@@ -347,7 +351,7 @@ def dense(
       output_shape: shape of one result, `(out_size,)` by default.
 
     Returns:
-      The operator, in the dtype of the matrix.
+      The operator, in the dtype of the matrix, at least float32; float64 needs `jax_enable_x64`.
 
     Raises:
       ValueError: if the matrix does not fit the shapes, is not floating or not finite.
@@ -573,7 +577,9 @@ def _check_weights(name: str, weights: ArrayLike, layout: str) -> jax.Array:
         raise ValueError(f"{name} has dtype {weights.dtype}, expected a floating dtype")
     if not isinstance(weights, jax.core.Tracer) and not np.isfinite(weights).all():
         raise ValueError(f"{name} holds NaN or infinite values")
-    return jnp.asarray(weights)
+    weights = jnp.asarray(weights)
+    # Half precision would leave a solver with gaps near 1, or NaN.
+    return weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
 
 
 def _check_channels(kernel: jax.Array, shape: tuple[int, int, int]) -> None:

@@ -100,8 +100,9 @@ def certificate(
 
 
 def relative_gap(gap: jax.Array, objective: jax.Array) -> jax.Array:
-    """Gap divided by the objective at the same point, in [0, 1]; 0 / 0 is 0, and NaN stays NaN.
+    """Gap divided by the objective at the same point; 0 / 0 is 0, and NaN stays NaN.
 
+    At least 0, and 0 at the solution; far from it, where the dual value is negative, it exceeds 1.
     The objective at z, not that at zero: for real images the latter is hundreds of times larger and
     would certify nothing.
     """

@@ -81,13 +81,18 @@ def blur(images: jax.Array, std: jax.Array | float, size: jax.Array | int = 25) 
     Args:
       images: `[n, h, w, c]` in [-1, 1].
       std: of the Gaussian, in pixels, above 0.
-      size: of the window, odd, at most 25.
+      size: of the window, odd, at most 25; a traced one is not checked.
     Returns:
       `[n, h, w, c]`, the border mirrored as in `published.blur`.
     Raises:
-      ValueError: for images that are not floating point, or neither grey nor RGB.
+      ValueError: for images that are not floating point, or neither grey nor RGB, or a window that
+        is even or too large.
     """
     _check(images)
+    if not isinstance(size, jax.core.Tracer):
+        largest = max(_BLUR_SIZES)
+        if size % 2 != 1 or not 1 <= size <= largest:
+            raise ValueError(f"size={size}: expected an odd number of pixels, at most {largest}")
     radius = jnp.asarray(size) // 2
     rows, columns = (_blur_matrix(side, jnp.asarray(std), radius) for side in images.shape[1:3])
     return _rows_and_columns(images, rows.astype(images.dtype), columns.astype(images.dtype))
@@ -96,7 +101,7 @@ def blur(images: jax.Array, std: jax.Array | float, size: jax.Array | int = 25) 
 def _crop_matrix(side: int, share: jax.Array) -> jax.Array:
     """`[side, side]`: the middle `share` of a side, stretched back bilinearly."""
     kept = jnp.round(share * side)
-    start = jnp.floor((side - kept) / 2)
+    start = jnp.round((side - kept) / 2)  # halves to the even number, as `published.crop`
     place = start + (jnp.arange(side) + 0.5) * kept / side - 0.5
     place = jnp.clip(place, start, start + kept - 1)  # what lies outside the crop is gone
     return jnp.maximum(0, 1 - jnp.abs(place[:, None] - jnp.arange(side)[None]))

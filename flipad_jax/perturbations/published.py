@@ -105,13 +105,14 @@ def blur(images: np.ndarray, kernel_size: int) -> np.ndarray:
 
 
 def crop(images: np.ndarray, size: int) -> np.ndarray:
-    """The central size x size pixels, enlarged to the image again.
+    """The central part, enlarged to the image again.
 
-    torchvision's `CenterCrop(size)` and `Resize` on Pillow images: bilinear, rounded.
+    torchvision's `CenterCrop` and `Resize` on Pillow images: bilinear, rounded. Of images that are
+    not square the same share of each side is kept, to the nearest pixel, so nothing is stretched.
 
     Args:
       images: `[n, h, w, c]` uint8.
-      size: side of what is kept, in pixels; 60 and 55 of 64 in [P1].
+      size: what is kept of the shorter side, in pixels; 60 and 55 of 64 in [P1].
     Returns:
       `[n, h, w, c]` uint8.
     Raises:
@@ -119,11 +120,13 @@ def crop(images: np.ndarray, size: int) -> np.ndarray:
     """
     images = _checked(images)
     h, w = images.shape[1:3]
-    if not 1 <= size <= min(h, w):
-        raise ValueError(f"size={size}: expected 1 to {min(h, w)}, the side of the images")
+    shorter = min(h, w)
+    if not 1 <= size <= shorter:
+        raise ValueError(f"size={size}: expected 1 to {shorter}, the side of the images")
+    tall, wide = (size if side == shorter else round(size * side / shorter) for side in (h, w))
     # Halves go to the even number: Python's round, and so torchvision's.
-    top, left = round((h - size) / 2), round((w - size) / 2)
-    box = (left, top, left + size, top + size)
+    top, left = round((h - tall) / 2), round((w - wide) / 2)
+    box = (left, top, left + wide, top + tall)
     return _each(images, lambda image: image.crop(box).resize((w, h), RESAMPLING["bilinear"]))
 
 
@@ -200,7 +203,7 @@ def jpeg(images: np.ndarray, quality: int) -> np.ndarray:
       ValueError: for a quality out of range, or bad images.
     """
     images = _checked(images)
-    if quality != int(quality) or not 1 <= quality <= 100:
+    if not 1 <= quality <= 100 or quality != int(quality):  # int() of infinity is an error
         raise ValueError(f"quality={quality}: expected a whole number from 1 to 100")
 
     def edit(image: Image.Image) -> Image.Image:
@@ -256,7 +259,7 @@ def combination(
       rng: key; with `choice, noise = split(rng)`, what happens to image i is
         `bernoulli(fold_in(choice, first + i), shape=(4,))`, and its noise is that of `noise`.
       kernel_size: window of `blur`.
-      size: side that `crop` keeps; 55 of 64 pixels if None, see `apply`.
+      size: what `crop` keeps of the shorter side; 55 of 64 pixels if None, see `apply`.
       std: standard deviation of `noise`.
       quality: quality of `jpeg`.
       first: index of the first image in its set.
@@ -362,7 +365,7 @@ def parse(name: str) -> tuple[str, int | float | None]:
         takes shows when it is applied.
     """
     kind, _, number = name.partition("-")
-    if name in FORMS:  # it has no number
+    if name in _NAMED and not _NAMED[name][0]:  # it has no number
         return kind, None
     try:
         return kind, _NUMBERS[_NAMED[kind][0]](number)
@@ -380,8 +383,8 @@ def apply(name: str, images: np.ndarray, rng: jax.Array, *, first: int = 0) -> n
     =============== ===========================================================================
     blur-N          `blur` with a window of N x N
     crop-N          `crop` to N pixels of 64; from images of another size the same share of their
-                    shorter side is kept, to the nearest pixel, halves to the even number:
-                    crop-55 keeps 28 of 32
+                    sides is kept, to the nearest pixel, halves to the even number: crop-55 keeps
+                    28 of 32
     noise-X         `noise` of standard deviation X
     jpeg-N          `jpeg` of quality N
     resize-X        `resize` by X and back, bilinear

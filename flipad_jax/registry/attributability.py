@@ -15,10 +15,12 @@ The mean mu and the covariance Sigma of the error are [D] and [D, D] for images 
 phi^T mu and phi^T Sigma phi are ever needed, so only projections on keys are kept: nothing here
 grows with D^2.
 
-Images are `[n, ...]` of any shape, float32 in [-1, 1] or uint8 (then scaled); keys are `[N, ...]`
-of the same shape, each of norm 1.
+Images are `[n, h, w, c]`, uint8 (then scaled) or float32 or float64 in [-1, 1]; keys are
+`[N, h, w, c]`, each of norm 1. Keys of another rank, `[N, D]` say, go with samples of any shape and
+range that have as many numbers.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -26,6 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from flipad_jax import data
 
 __all__ = [
     "NOBODY",
@@ -44,6 +48,7 @@ __all__ = [
     "distinguishability",
     "error_statistics",
     "extent",
+    "project",
     "required_gamma",
     "responses",
     "shift_length",
@@ -73,17 +78,20 @@ def check_keys(keys: np.ndarray | jax.Array) -> np.ndarray:
     return flat
 
 
-def _flat(images: np.ndarray | jax.Array, size: int) -> np.ndarray:
-    images = np.asarray(images)
-    flat = images.reshape(len(images), -1) if images.ndim > 1 else images[:, None]
-    if flat.shape[1] != size:
+def _check_samples(name: str, samples: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Samples of as many numbers as keys of a shape; of that very shape, if it is an image's."""
+    is_image = len(shape) == 3
+    if is_image and samples.shape[1:] != shape:
+        sides = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be [n, {sides}] as the keys are, got shape {samples.shape}")
+    each = math.prod(samples.shape[1:])
+    if not samples.ndim or each != math.prod(shape):
         raise ValueError(
-            f"images have shape {images.shape[1:]}, {flat.shape[1]} numbers each; the keys have "
-            f"{size}: they belong to images of another size"
+            f"{name} have shape {samples.shape[1:]}, {each} numbers each; the keys have "
+            f"{math.prod(shape)}: they belong to {name} of another size"
         )
-    if images.dtype == np.uint8:
-        return (flat / np.float32(127.5) - 1).astype(np.float32)
-    return flat.astype(np.float32)
+    if samples.dtype != np.uint8 and not jnp.issubdtype(samples.dtype, jnp.floating):
+        raise ValueError(f"{name} are {samples.dtype}, expected floating point or uint8")
 
 
 @jax.jit
@@ -91,25 +99,61 @@ def _project(keys: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.dot(images, keys.T, precision=lax.Precision.HIGHEST)
 
 
+def _products(keys: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """`[n, N]` of keys `[N, D]` and samples of D numbers, in batches; uint8 are scaled."""
+    rows = [np.zeros((0, len(keys)), np.float32)]
+    for start in range(0, len(samples), _BATCH):
+        batch = samples[start : start + _BATCH].reshape(-1, keys.shape[1])
+        if batch.dtype == np.uint8:
+            batch = batch / np.float32(127.5) - 1
+        rows.append(np.asarray(_project(keys, batch.astype(np.float32))))
+    return np.concatenate(rows)
+
+
 def responses(keys: np.ndarray | jax.Array, images: np.ndarray | jax.Array) -> np.ndarray:
     """phi_j^T x of every image and key.
 
     Args:
-      keys: `[N, ...]`.
-      images: `[n, ...]`.
+      keys: `[N, h, w, c]`.
+      images: `[n, h, w, c]`.
     Returns:
       `[n, N]` float32; above 0: the key's user made it.
     Raises:
-      ValueError: for keys that are no unit vectors, or of another size than the images.
+      ValueError: for keys that are no unit vectors, images of another shape than theirs, or images
+        that `data.check_images` refuses.
     """
-    keys = check_keys(keys)
+    shape, keys = np.shape(keys)[1:], check_keys(keys)
     images = np.asarray(images)
-    rows = [np.zeros((0, len(keys)), np.float32)]
-    for start in range(0, len(images), _BATCH):
-        rows.append(
-            np.asarray(_project(keys, _flat(images[start : start + _BATCH], keys.shape[1])))
+    if len(shape) == 3:
+        data.check_images(images, shape=shape)
+    else:
+        _check_samples("images", images, shape)
+    return _products(keys, images)
+
+
+def project(keys: np.ndarray | jax.Array, differences: np.ndarray | jax.Array) -> np.ndarray:
+    """phi_j^T d of every difference d of two images and every key.
+
+    As `responses`, for what is no image: nothing is scaled, and no range is asked for.
+
+    Args:
+      keys: `[N, h, w, c]`.
+      differences: `[n, h, w, c]` float.
+    Returns:
+      `[n, N]` float32.
+    Raises:
+      ValueError: for keys that are no unit vectors, or differences that are of another shape or
+        not floating point.
+    """
+    shape, keys = np.shape(keys)[1:], check_keys(keys)
+    differences = np.asarray(differences)
+    _check_samples("differences", differences, shape)
+    if differences.dtype == np.uint8:
+        raise ValueError(
+            "differences are uint8, expected floating point: subtract images in [-1, 1], see "
+            "data.to_float"
         )
-    return np.concatenate(rows)
+    return _products(keys, differences)
 
 
 def distinguishability(own: np.ndarray, real: np.ndarray) -> float:
@@ -171,12 +215,12 @@ def extent(keys: np.ndarray | jax.Array, batches: Iterable[np.ndarray | jax.Arra
     """d_min, d_max (Theorems 1 and 2) and data compliance of every key.
 
     Args:
-      keys: `[N, ...]`.
-      batches: images `[n, ...]` of the data, in as many pieces as you like.
+      keys: `[N, h, w, c]`.
+      batches: images `[n, h, w, c]` of the data, in as many pieces as you like.
     Raises:
-      ValueError: for bad keys, images of another size, or no images.
+      ValueError: for keys or images that `responses` refuses, or no images.
     """
-    keys = check_keys(keys)
+    check_keys(keys)
     low, high = np.full(len(keys), np.inf), np.zeros(len(keys))
     compliant, total = np.zeros(len(keys)), 0
     for images in batches:
@@ -211,17 +255,13 @@ def error_statistics(
     """phi^T mu and sqrt(phi^T Sigma phi) from samples of the error, eq. 11.
 
     Args:
-      keys: `[N, ...]`.
-      errors: batches `[n, ...]` float of eps = G_phi(z) - G_0(z) - gamma phi.
+      keys: `[N, h, w, c]`.
+      errors: batches `[n, h, w, c]` float of eps = G_phi(z) - G_0(z) - gamma phi.
     Raises:
-      ValueError: for bad keys, errors of another size or uint8, or fewer than two.
+      ValueError: for keys or errors that `project` refuses, or fewer than two.
     """
-    keys = check_keys(keys)
-    parts = []
-    for batch in errors:
-        if np.asarray(batch).dtype == np.uint8:
-            raise ValueError("errors are differences of images: float, not uint8")
-        parts.append(responses(keys, batch).astype(np.float64))
+    check_keys(keys)
+    parts = [project(keys, batch).astype(np.float64) for batch in errors]
     found = np.concatenate(parts) if parts else np.zeros((0, len(keys)))
     if len(found) < 2:
         raise ValueError(f"error_statistics got {len(found)} errors, expected two at least")
@@ -248,6 +288,8 @@ def shift_length(differences: Iterable[np.ndarray | jax.Array]) -> ShiftLength:
     """
     total, norms, count = 0.0, 0.0, 0
     for batch in differences:
+        if not len(batch):
+            continue
         flat = np.asarray(batch, np.float64).reshape(len(batch), -1)
         total = total + flat.sum(axis=0)
         norms += np.linalg.norm(flat, axis=1).sum()
@@ -383,10 +425,10 @@ def attribute(keys: np.ndarray | jax.Array, images: np.ndarray | jax.Array) -> A
     """The user whose key alone claims an image (eq. 2's one-hot rule), and by how much.
 
     Args:
-      keys: `[N, ...]`, those of the registry.
-      images: `[n, ...]`.
+      keys: `[N, h, w, c]`, those of the registry.
+      images: `[n, h, w, c]`.
     Raises:
-      ValueError: for bad keys, images of another size, or NaN in an image.
+      ValueError: for keys or images that `responses` refuses.
     """
     return assign(responses(keys, images))
 

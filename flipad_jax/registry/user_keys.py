@@ -109,7 +109,7 @@ def _float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32)
 
 
-def _flat(name: str, images: np.ndarray | jax.Array, size: int | None = None) -> jax.Array:
+def _flat(name: str, images: np.ndarray | jax.Array) -> jax.Array:
     images = jnp.asarray(images)
     if images.ndim < 2 or images.shape[0] < 2 or images.size == 0:
         raise ValueError(f"{name} images have shape {images.shape}, expected [n, ...], n >= 2")
@@ -117,18 +117,18 @@ def _flat(name: str, images: np.ndarray | jax.Array, size: int | None = None) ->
         raise ValueError(f"{name} images are {images.dtype}, expected uint8 or float in [-1, 1]")
     if not bool(jnp.isfinite(images).all()):
         raise ValueError(f"{name} images hold NaN or infinity")
-    flat = images.reshape(images.shape[0], -1)
-    if size is not None and flat.shape[1] != size:
-        raise ValueError(
-            f"{name} images have {flat.shape[1]} numbers each, the others {size}: expected one size"
-        )
-    return flat
+    return images.reshape(images.shape[0], -1)
 
 
 def _check_data(real, generated) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
-    shape = tuple(np.shape(real)[1:])
-    flat = _flat("real", real)
-    return flat, _flat("generated", generated, flat.shape[1]), shape
+    flat = _flat("real", real), _flat("generated", generated)
+    shape, other = tuple(np.shape(real)[1:]), tuple(np.shape(generated)[1:])
+    if other != shape:
+        raise ValueError(
+            f"generated images are {other} each, the real ones {shape}: expected one size; load "
+            "the data at the size of the root's images"
+        )
+    return *flat, shape
 
 
 class _Band(NamedTuple):
@@ -181,13 +181,13 @@ def _check_earlier(earlier, shape: tuple[int, ...]) -> jax.Array:
     size = int(np.prod(shape))
     if earlier is None or not len(earlier):
         return jnp.zeros((0, size), jnp.float32)
-    earlier = attributability.check_keys(earlier)
-    if earlier.shape[1] != size:
+    each = tuple(np.shape(earlier)[1:])
+    if each not in (shape, (size,)):
         raise ValueError(
-            f"earlier keys have {earlier.shape[1]} numbers, the images {size}: they belong to "
-            "images of another size"
+            f"earlier keys are {each} each, the images {shape}: they belong to images of another "
+            "size"
         )
-    return jnp.asarray(earlier)
+    return jnp.asarray(attributability.check_keys(earlier))
 
 
 def _draw(rng: jax.Array, real: jax.Array, generated: jax.Array, batch_size: int) -> jax.Array:
@@ -352,10 +352,12 @@ def joint(
         raise ValueError("earlier keys can only be kept at right angles: cosine=0")
     rank = num_keys + bool(cosine)
     if num_keys < 1 or before.shape[0] + rank > size:
+        where = f"images of {size} numbers have"
+        if band is not None:
+            where = f"frequencies within a bandwidth of {config.bandwidth} have"
         raise ValueError(
-            f"num_keys={num_keys} beside {before.shape[0]} earlier ones: "
-            + (f"images of {size} numbers" if band is None else f"{config.bandwidth=}")
-            + f" have room for {size} directions"
+            f"num_keys={num_keys} beside {before.shape[0]} earlier ones: {where} room for {size} "
+            f"of the {before.shape[0] + rank} directions that are needed"
         )
     # Rows of T: a common direction and one of each key's own give the wanted cosine.
     mixing = np.eye(num_keys)

@@ -32,14 +32,13 @@ Nothing is ever unpickled beyond the plain tensors that `torch.load(weights_only
 from flipad_jax.generators.interop.layer_of_arrays import (
     LAYERS,
     LAYOUTS,
-    MISMATCH_BOUND,
     LoadedLayer,
     final_layer,
-    mean_mismatch,
 )
 from flipad_jax.generators.interop.torch_module import from_torch
 from flipad_jax.generators.interop.weight_files import read_arrays
 from flipad_jax.generators.interop.written import ImportedGenerator, write
+from flipad_jax.inversion.mismatch import MISMATCH_BOUND, mean_mismatch
 
 __all__ = [
     "LAYERS",

@@ -10,50 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from flipad_jax import data
-from flipad_jax.inversion import final_layer as _final_layer
-from flipad_jax.inversion import linops
+from flipad_jax.inversion import linops, mismatch
 from flipad_jax.inversion.final_layer import ACTIVATIONS, FinalLayer
 from flipad_jax.inversion.linops import Conv, ConvTranspose, Dense
 
 __all__ = [
     "LAYERS",
     "LAYOUTS",
-    "MISMATCH_BOUND",
     "NAMES_LISTED",
     "LoadedLayer",
     "final_layer",
     "find_bias",
     "finite",
     "make_operator",
-    "mean_mismatch",
     "to_own_layout",
 ]
 
 LAYERS = ("conv_transpose", "conv", "dense")
 LAYOUTS = ("torch", "flax", "flipad")
 
-# `mean_mismatch`, measured on the zoo's three DCGANs and its WGAN-GP (1000 digits each, 72 % of the
-# pixels at level 0) / on a DCGAN of 64 x 64 photographs (64 images, none at 0 or 255):
-#   the right layer                              0.12 to 0.16  /  0.06
-#     with 60 or 100 images                      0.06 to 0.15  /  0.03
-#   kernel flipped in both directions            0.25 to 0.57  /  0.71
-#   rows and columns of the kernel exchanged     0.19 to 0.53  /  0.68
-#   rows and columns of z_bar exchanged          0.39 to 0.65  /  0.84
-#   padding one pixel aside                      0.44 to 0.60  /  0.70
-#   sigmoid for tanh                             0.86 to 1.04  /  0.48
-#   identity for tanh                            0.19 to 0.20  /  0.00 (low contrast: tanh(a) = a)
-#   a bias of 0.3 forgotten                      0.10 to 0.15  /  1.35
-#   a bias of 1 forgotten                        0.32 to 0.48  /  4.22
-#   kernel or z_bar of another seed              0.73 to 1.11
-#   ... of the WGAN-GP that began as this DCGAN  0.20 to 0.44
-#   channels of the image reversed                     -       /  0.87
-#   another picture added, half as strong        0.11 to 0.46  /  0.46
-#   another picture added, as strong             0.19 to 0.48  /  0.68
-MISMATCH_BOUND = 0.175
 _CLEARLY_BETTER = 0.75  # times the other mismatch: the right orientation has at most 0.53 of it
 
-_MISMATCH_IMAGES = 1000
-_MISMATCH_PIXELS = 1024
 NAMES_LISTED = 8  # in an error
 
 
@@ -148,27 +125,23 @@ def final_layer(
     def build(kernel):
         operator = make_operator(layer, kernel, z_bar.shape, image_shape, geometry)
         made = FinalLayer(operator=operator, bias=offset, activation=activation)
-        return made, mean_mismatch(made, z_bar, generated)
+        return made, mismatch.mean_mismatch(made, z_bar, generated)
 
-    made, mismatch = build(kernel)
+    made, off = build(kernel)
     if layer == "conv_transpose" and layout == "flax":
-        flipped, mismatch_flipped = build(kernel[::-1, ::-1])
-        as_it_is = mismatch < _CLEARLY_BETTER * mismatch_flipped
-        clear = as_it_is or mismatch_flipped < _CLEARLY_BETTER * mismatch
+        flipped, off_flipped = build(kernel[::-1, ::-1])
+        as_it_is = off < _CLEARLY_BETTER * off_flipped
+        clear = as_it_is or off_flipped < _CLEARLY_BETTER * off
         (notes if clear else warnings).append(
             f"the kernel is taken {'as it is' if as_it_is else 'flipped, as Flax holds it'}: the "
-            f"mean of the images is off by {mismatch:.2f} as it is, by {mismatch_flipped:.2f} "
+            f"mean of the images is off by {off:.2f} as it is, by {off_flipped:.2f} "
             f"flipped{'' if clear else ', which does not tell which is right'}"
         )
         if not as_it_is:
-            made, mismatch = flipped, mismatch_flipped
-    if not mismatch <= MISMATCH_BOUND:
-        warnings.append(
-            f"the layer does not fit the images: their mean is off by {mismatch:.2f} (at most "
-            f"{MISMATCH_BOUND} is expected), so weights, layout, strides, padding, bias, "
-            "activation or mean activation may not be those that made them, or something is added "
-            "after the last layer"
-        )
+            made = flipped
+    wrong = mismatch.warning(made, z_bar, generated)
+    if wrong:
+        warnings.append(wrong)
     return LoadedLayer(made, jnp.asarray(z_bar), tuple(notes), tuple(warnings))
 
 
@@ -329,70 +302,3 @@ def make_operator(
             f"check {flags} (padding is counted as PyTorch does, also for Flax layers)"
         )
     return operator
-
-
-def mean_mismatch(layer: FinalLayer, z_bar: np.ndarray | jax.Array, generated: np.ndarray) -> float:
-    """How far the mean of a generator's images is from what layer and mean activation say.
-
-    Before its activation an image is A z + bias, so the mean over images is A z_bar + bias. Levels
-    0 and 255 hide by how much a value was beyond them, so pixels are compared as if their values
-    were normal around A z_bar + bias, with that spread at which the 256 levels have the spread that
-    is observed: what mean level (before the activation) would be expected, and what is there? The
-    root mean square of the difference, less what the number of images explains, is taken relative
-    to the spread of a pixel; over 1024 pixels and at most 1000 images.
-
-    The right layer has about 0.05 where pixels keep away from 0 and 255, and 0.16 where three
-    quarters of them lie there, which is what the normal distribution costs; `MISMATCH_BOUND` and
-    the comment beside it say what wrong ones have. A small mismatch proves little: where contrast
-    is low the activations all look alike, and dark images hide a small bias or residual.
-
-    Args:
-      layer: what is said to be the last layer.
-      z_bar: what is said to be its mean activation, `layer.operator.input_shape`.
-      generated: own images, `[n, h, w, c]` uint8, n of 2 or more.
-    Returns:
-      0 for a perfect fit; infinite if the images are all alike and not the mean.
-    """
-    from scipy.special import ndtr
-
-    generated = np.asarray(generated[:_MISMATCH_IMAGES])
-    n = len(generated)
-    expected = layer.operator.forward(jnp.asarray(z_bar, layer.operator.dtype))
-    if layer.bias is not None:
-        expected = expected + layer.bias
-    mean = np.asarray(expected, np.float64).reshape(-1)
-    picked = np.random.default_rng(0).permutation(mean.size)[:_MISMATCH_PIXELS]
-    mean = mean[picked]
-    levels = _before_activation(layer.activation, np.arange(256, dtype=np.uint8))
-    between = _before_activation(
-        layer.activation, ((np.arange(255) + 0.5) / 127.5 - 1).astype(np.float32)
-    )
-    values = levels[generated.reshape(n, -1)[:, picked]]
-    observed, spread = values.mean(axis=0), values.std(axis=0, ddof=1)
-
-    def moments(log_scale):
-        below = ndtr((between - mean[:, None]) / np.exp(log_scale)[:, None])
-        share = np.diff(below, axis=1, prepend=0.0, append=1.0)
-        first = share @ levels
-        return first, np.sqrt(np.maximum(share @ levels**2 - first**2, 0))
-
-    # The spread over levels grows with the scale, so the scale is found by bisection.
-    low, high = np.full(mean.size, -8.0), np.full(mean.size, 5.0)
-    for _ in range(20):
-        middle = (low + high) / 2
-        too_small = moments(middle)[1] < spread
-        low, high = np.where(too_small, middle, low), np.where(too_small, high, middle)
-    difference = np.mean((moments(low)[0] - observed) ** 2 - spread**2 / n)
-    scale = np.mean(spread**2)
-    if scale == 0:
-        return math.inf if difference > 0 else 0.0
-    return float(np.sqrt(max(difference, 0) / scale))
-
-
-def _before_activation(activation: str, x: np.ndarray) -> np.ndarray:
-    """Targets of single values, float64 `[n]`."""
-    column = FinalLayer(
-        operator=linops.conv(np.ones((1, 1, 1, 1), np.float32), (len(x), 1, 1)),
-        activation=activation,
-    )
-    return np.asarray(_final_layer.targets(column, x.reshape(1, -1, 1, 1)), np.float64).reshape(-1)
