@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments._config import Run, setting
 from experiments._record import UsageError, now
@@ -49,6 +50,13 @@ class Config:
     fnr: float = setting(
         0.005, "Share of own images that may be called not ours.", lower_bound=0.0, upper_bound=1.0
     )
+    fdr: float = setting(
+        0.05,
+        "False-discovery rate over the whole corpus: share of own images among those called not "
+        "ours, on average.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     cluster: str = setting("", "Ray cluster: local, auto, or an address; none by default.")
     num_actors: int = setting(
         0, "On a cluster; 0 for one per GPU, or per machine without.", lower_bound=0
@@ -56,7 +64,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {"smoke": {"shard_size": 32}, "demo": {}}
-CHANGEABLE = ("cluster", "num_actors")
+CHANGEABLE = ("fdr", "cluster", "num_actors")
 MOVABLE = ("attributor", "images", "data_dir")  # the manifest knows them by their contents
 TOGETHER = True  # each process its own shards
 
@@ -125,6 +133,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         output, others=num_processes > 1, should_stop=record.should_stop, write=process == 0
     )
     findings = corpora.collect(output)
+    level = calibration.benjamini_hochberg_level(
+        list(findings.p_values), list(findings.p_values.values()), config.fdr
+    )
     metrics = {
         "attributor_sha256": output.attributor_sha256,
         "source_sha256": output.source_sha256,
@@ -137,6 +148,9 @@ def run(config: Config, record: Run) -> dict[str, Any]:
         "fnr": config.fnr,
         "threshold": calibration.verdict_threshold(attributor.calibration_scores, config.fnr),
         "smallest_certifiable_fnr": smallest,
+        "fdr": config.fdr,
+        "p_value_at_fdr": None if np.isnan(level) else level,
+        "num_not_ours_at_fdr": sum(n for p, n in findings.p_values.items() if p <= level),
         "shards_kept": kept,
         "scored_now": num_left,
         "scoring_seconds": seconds if num_left else None,
@@ -168,7 +182,7 @@ def _write_page(
 ) -> None:
     threshold = metrics["threshold"]
     sections = [
-        report.Section("Result", [_key_numbers(config, findings, metrics)]),
+        report.Section("Result", [_key_numbers(config, findings, metrics), _at_fdr(metrics)]),
         report.Section("Scores", list(_scores(config, attributor, findings, threshold))),
     ]
     for verdict, how_chosen in _SECTIONS.items():
@@ -222,6 +236,16 @@ def _key_numbers(config: Config, findings: Findings, metrics: dict[str, Any]) ->
     return report.KeyNumbers(numbers, hints)
 
 
+def _at_fdr(metrics: dict[str, Any]) -> str:
+    """What Benjamini and Hochberg's procedure rejects."""
+    count, level = metrics["num_not_ours_at_fdr"], metrics["p_value_at_fdr"]
+    which = "" if level is None else f", those with p <= {level:.3g}"
+    return (
+        f"Over the whole corpus {count:,} records are not ours at a false-discovery rate of "
+        f"{metrics['fdr']:g}{which}: on average at most that share of them are ours."
+    )
+
+
 def _scores(
     config: Config, attributor: Attributor, findings: Findings, threshold: float
 ) -> Iterator[str | report.Picture]:
@@ -263,6 +287,7 @@ def summary(metrics: dict[str, Any]) -> str:
         f"ours, {metrics['cannot_judge']} cannot be judged (fnr {metrics['fnr']:g}).",
         f"{metrics['num_unconverged']} inversions did not converge; {metrics['num_doubtful']} "
         "verdicts are doubtful, their rows say why.",
+        _at_fdr(metrics),
     ]
     if metrics["records_per_second"] is not None:
         lines.append(

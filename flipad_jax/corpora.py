@@ -67,6 +67,7 @@ __all__ = [
 FORMATS = ("csv", "jsonl")
 VERDICTS = ("ours", "not_ours", "cannot_judge")
 _MANIFEST = "manifest.json"
+_NOT_IN_MANIFEST = ("output", "p_values", "sample", "examples")  # of a receipt
 _SAMPLE = 20_000  # scores of a whole corpus, at most, that a histogram is drawn of
 _EXAMPLES = 12  # rows of every verdict that are remembered
 _THREADS = 4  # that decode
@@ -170,12 +171,14 @@ class Findings(NamedTuple):
 
     Attributes:
       counts: records by verdict; "doubtful" and "unconverged" are counted as well.
+      p_values: how many records have which, of those that were judged; ascending.
       sample: `[m]` float64 scores, evenly spread over the corpus, 20 000 at most.
       examples: for every verdict (index, row) of a few records: the highest scores of not_ours, the
         lowest of ours, the first of cannot_judge.
     """
 
     counts: dict[str, int]
+    p_values: dict[float, int]
     sample: np.ndarray
     examples: dict[str, list[tuple[int, Row]]]
 
@@ -433,6 +436,7 @@ def _write_shard(output: Output, shard: int, rows: list[Row], unconverged: int) 
     """The rows first, then the receipt that makes them count."""
     content = _csv(rows) if output.format == "csv" else _jsonl(rows)
     counts = collections.Counter(row.verdict for row in rows)
+    p_values = collections.Counter(row.p_value for row in rows if row.p_value is not None)
     first = output.records(shard).start
     every = -(-output.num_records // _SAMPLE)
     numbered = [(first + i, row) for i, row in enumerate(rows)]
@@ -445,6 +449,7 @@ def _write_shard(output: Output, shard: int, rows: list[Row], unconverged: int) 
         **{verdict: counts[verdict] for verdict in VERDICTS},
         "doubtful": sum(row.verdict != "cannot_judge" and row.reason != "" for row in rows),
         "unconverged": unconverged,
+        "p_values": sorted(p_values.items()),
         "sample": [r.score for i, r in numbered if i % every == 0 and r.score is not None],
         "examples": {verdict: _most_telling(numbered, verdict) for verdict in VERDICTS},
     }
@@ -494,7 +499,7 @@ def _receipt(output: Output, shard: int, *, verify: bool = True) -> dict[str, An
             with output.path(shard).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != receipt["sha256"]:
                     return None
-        return receipt
+        return receipt if "p_values" in receipt else None  # older ones have none
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -535,9 +540,7 @@ def finish(
     shards = []
     for shard in range(output.num_shards):
         receipt = _known(output, shard)
-        shards.append(
-            {k: v for k, v in receipt.items() if k not in ("output", "sample", "examples")}
-        )
+        shards.append({k: v for k, v in receipt.items() if k not in _NOT_IN_MANIFEST})
     manifest = _manifest(output, complete=True, shards=shards)
     if write:
         _write_manifest(output, manifest)
@@ -558,14 +561,16 @@ def collect(output: Output) -> Findings:
       ValueError: if one is missing.
     """
     counts = dict.fromkeys((*VERDICTS, "doubtful", "unconverged"), 0)
+    p_values: collections.Counter[float] = collections.Counter()
     sample: list[float] = []
     examples: dict[str, list[tuple[int, Row]]] = {verdict: [] for verdict in VERDICTS}
     for shard in range(output.num_shards):
         receipt = _known(output, shard)
         for name in counts:
             counts[name] += receipt[name]
+        p_values.update(dict(receipt["p_values"]))
         sample += receipt["sample"]
         for verdict, known in examples.items():
             new = [(index, Row(*row)) for index, row in receipt["examples"][verdict]]
             examples[verdict] = _most_telling([*known, *new], verdict)
-    return Findings(counts, np.array(sample, np.float64), examples)
+    return Findings(counts, dict(sorted(p_values.items())), np.array(sample, np.float64), examples)

@@ -125,6 +125,21 @@ def test_benjamini_hochberg_meets_the_line_exactly():
             assert calibration.benjamini_hochberg(p_values, fdr).all()
 
 
+def test_counts_of_p_values_are_enough_for_benjamini_hochberg():
+    rng = np.random.default_rng(5)
+    for fdr in (0.0, 0.05, 0.3, 1.0):
+        p_values = rng.integers(1, 101, 2000) ** 2 / 100**2
+        values, counts = np.unique(p_values, return_counts=True)
+        level = calibration.benjamini_hochberg_level(values, counts, fdr)
+        expected = scipy.stats.false_discovery_control(p_values) <= fdr * (1 + 1e-9)
+        np.testing.assert_array_equal(p_values <= level, expected)
+    assert np.isnan(calibration.benjamini_hochberg_level([], [], 0.1))
+    with pytest.raises(ValueError, match="ascending"):
+        calibration.benjamini_hochberg_level([0.2, 0.1], [1, 1], 0.1)
+    with pytest.raises(ValueError, match="1 or more"):
+        calibration.benjamini_hochberg_level([0.1, 0.2], [1, 0], 0.1)
+
+
 def test_benjamini_hochberg_without_verdicts():
     p_values = np.array([0.01, np.nan, 0.9, 0.03, np.nan])
     # m = 3 known ones: 0.03 <= 0.05 * 2 / 3; were NaN counted, 0.03 > 0.05 * 2 / 5.

@@ -23,9 +23,10 @@ from toy_model import own_images
 import flipad_jax
 from experiments import _config
 from experiments import score as experiment
-from experiments._record import Run
+from experiments._record import Run, read_flags
 from flipad_jax import checkpoints, corpora, data, records
 from flipad_jax.detection import attributor as attribution
+from flipad_jax.detection import calibration
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,6 +140,26 @@ def test_a_run_that_is_asked_to_stop_says_so_and_goes_on(
     assert metrics(workdir)["shards_kept"] == 2
 
 
+def test_a_false_discovery_rate_over_the_corpus(attributor_folder, suspects, tmp_path, capsys):
+    """That of all rows together, and another one scores nothing."""
+    workdir = tmp_path / "w"
+    flags = (f"--attributor={attributor_folder}", f"--images={suspects}", f"--workdir={workdir}")
+    found = []
+    for rate in (0.05, 0.3, 0.0):
+        assert run(*flags, f"--fdr={rate}") == 0
+        p_values = np.array([float(row["p_value"] or "nan") for row in read(workdir)])
+        hits = calibration.benjamini_hochberg(p_values, rate)
+        values = metrics(workdir)
+        assert values["num_not_ours_at_fdr"] == hits.sum()
+        if hits.any():
+            assert values["p_value_at_fdr"] == p_values[hits].max()
+        else:
+            assert values["p_value_at_fdr"] is None
+        found.append(hits.sum())
+        assert f"{hits.sum()} records are not ours at a false-discovery" in capsys.readouterr().out
+    assert found[1] > 0 and found[2] == 0 and values["scored_now"] == 0
+
+
 def test_a_copy_of_the_corpus_goes_on_with_its_scores(attributor_folder, suspects, tmp_path):
     """By whatever path it and the attributor are named, if the times are kept."""
     workdir = tmp_path / "w"
@@ -152,9 +173,10 @@ def test_a_copy_of_the_corpus_goes_on_with_its_scores(attributor_folder, suspect
     # It is remembered, as everything else is.
     flags = ["run.py", "--experiment=score", f"--workdir={workdir}"]
     assert _config.main([*flags, f"--attributor={tmp_path / 'attributor'}"]) == 0
-    shutil.rmtree(suspects)
-    assert _config.main(flags) == 0
     assert files(workdir) == before and metrics(workdir)["scored_now"] == 0
+    remembered = read_flags(workdir)
+    assert remembered["images"] == str(tmp_path / "moved")
+    assert remembered["attributor"] == str(tmp_path / "attributor")
 
 
 def test_a_corpus_or_an_attributor_that_has_changed_is_refused(

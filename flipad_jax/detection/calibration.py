@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 
 __all__ = [
     "benjamini_hochberg",
+    "benjamini_hochberg_level",
     "conformal_p_values",
     "conformal_threshold",
     "smallest_certifiable_fnr",
@@ -167,10 +168,38 @@ def benjamini_hochberg(p_values: ArrayLike, fdr: float) -> np.ndarray:
     known = ~np.isnan(p_values)
     if p_values.ndim != 1 or np.any((p_values[known] < 0) | (p_values[known] > 1)):
         raise ValueError(f"p-values of shape {list(p_values.shape)}: expected [m] within [0, 1].")
-    ordered = np.sort(p_values[known])
+    return p_values <= benjamini_hochberg_level(
+        *np.unique(p_values[known], return_counts=True), fdr
+    )
+
+
+def benjamini_hochberg_level(p_values: ArrayLike, counts: ArrayLike, fdr: float) -> float:
+    """The largest p-value that `benjamini_hochberg` rejects, of any number of images.
+
+    Args:
+      p_values: `[k]` different p-values, ascending; of n own scores there are n + 1 at most.
+      counts: `[k]` how many images have each.
+      fdr: as there.
+
+    Returns:
+      The p-value up to which images are declared not ours; NaN, which nothing is up to, if none is.
+
+    Raises:
+      ValueError: for p-values that do not ascend within [0, 1], other counts, or a rate outside
+        [0, 1].
+    """
+    p_values, counts = np.asarray(p_values, np.float64), np.asarray(counts, np.float64)
+    _check_rate("fdr", fdr)
+    ascends = p_values.ndim == 1 and np.all(np.diff(p_values) > 0)
+    if not ascends or not np.all((p_values >= 0) & (p_values <= 1)):
+        raise ValueError(
+            f"p-values of shape {list(p_values.shape)}: expected [k] ascending, 0 to 1."
+        )
+    if counts.shape != p_values.shape or not np.all(counts >= 1):
+        raise ValueError(
+            f"counts of shape {list(counts.shape)}: expected one, 1 or more, for each."
+        )
     # Conformal p-values are fractions that often meet the line exactly: rounding must not decide.
-    line = fdr * np.arange(1, ordered.size + 1) / max(ordered.size, 1) * (1 + 1e-12)
-    below = np.flatnonzero(ordered <= line)
-    if below.size == 0:
-        return np.zeros(p_values.shape, bool)
-    return known & (p_values <= ordered[below[-1]])
+    line = fdr * np.cumsum(counts) / max(counts.sum(), 1) * (1 + 1e-12)
+    below = np.flatnonzero(p_values <= line)
+    return float(p_values[below[-1]]) if below.size else float("nan")
