@@ -16,6 +16,7 @@ the verdicts; --help lists the others.
 import collections
 import csv
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -321,6 +322,8 @@ class _Writer:
 
     def __enter__(self) -> "_Writer":
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        for left in self._path.parent.glob(f".{glob.escape(self._path.name)}.*.partial"):
+            left.unlink(missing_ok=True)  # by a start that was killed
         # File names are bytes, not always text.
         self._file = self._written.open("w", newline="", encoding="utf-8", errors="surrogateescape")
         if self._path.suffix != ".jsonl":

@@ -249,10 +249,12 @@ def test_an_answer_stays_until_the_next_is_complete(attributor_folder, tmp_path,
     assert run(*flags) == 130
     assert output.read_bytes() == before and not (workdir / "results.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "v.csv", "w"]
+    (tmp_path / ".v.csv.123.partial").touch()  # of one that was killed
     assert run(*flags, "--attributor=nowhere") == 2
     monkeypatch.setattr(experiment, "_decide", decide)
     assert run(*flags) == 0
     assert len(read(output)) == 5 and (workdir / "results.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "v.csv", "w"]
     results = (workdir / "results.json").read_bytes()
     assert run(*flags, f"--output={tmp_path / 's' / '00000.png'}") == 2
     assert (workdir / "results.json").read_bytes() == results
