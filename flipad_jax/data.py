@@ -246,7 +246,7 @@ def check_images(images: Any, *, shape: tuple[int, int, int] | None = None) -> A
             f"images must be uint8 or float32/float64 in [-1, 1], got {images.dtype}; {hint}"
         )
     values = np.asarray(images)
-    if values.size and values.min() >= 0 and values.max() > 0:
+    if values.size and values.min() >= 0 and 0 < values.max() <= 1:
         logging.warning(
             "none of %d float images is anywhere darker than grey: they look like [0, 1], and "
             "[-1, 1] is expected; pass 2 * images - 1, or uint8",

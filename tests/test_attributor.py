@@ -443,6 +443,15 @@ class Shelf:
         self.states[name] = jax.tree.map(np.asarray, state)
 
 
+def test_a_layer_that_did_not_make_the_images_is_told(caplog):
+    config = AttributorConfig(**QUICK)
+    for z_bar, told in ((Z_BAR, False), (Z_BAR + 1.0, True)):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="absl"):
+            flipad_jax.fit(LAYER, z_bar, OWN, rng=jax.random.key(0), config=config)
+        assert ("does not fit the images: their mean is off" in caplog.text) == told
+
+
 @pytest.mark.parametrize("detector", ["one_class", "deepsad"])
 def test_a_fit_that_was_killed_goes_on_to_the_same_attributor(detector, monkeypatch):
     image_bytes = 4 * 8 * 8 * CHANNELS

@@ -112,6 +112,16 @@ def test_check_images_refuses(images, message):
         data.check_images(images)
 
 
+def test_images_that_look_like_0_to_1_are_told(caplog):
+    images = np.random.default_rng(0).random((3, 4, 4, 1), np.float32)
+    with caplog.at_level("WARNING", logger="absl"):
+        for good in (2 * images - 1, np.zeros_like(images), images[:0], np.uint8(255 * images)):
+            data.check_images(good)
+        assert not caplog.records
+        data.check_images(images)
+    assert "none of 3 float images" in caplog.text and "pass 2 * images - 1" in caplog.text
+
+
 def test_check_images_names_the_bad_ones():
     images = np.zeros((12, 4, 4, 3), np.float32)
     images[7, 1, 2, 0] = np.nan
