@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from image_files import random_images
+from PIL import Image
 from safetensors.numpy import save_file
 from toy_model import BIAS, KERNEL, LAYER, own_images
 
@@ -108,6 +109,17 @@ def test_few_images_go_on_and_say_what_they_certify(files, tmp_path, capsys):
     said = capsys.readouterr()
     assert "25 calibration images certify no fnr below 0.0385; 0.005 takes 199" in said.err
     assert "0.0385" in said.out and "199" in (tmp_path / "w" / "report.html").read_text()
+
+
+def test_own_images_that_were_compressed_are_told(files, tmp_path, capsys):
+    data.write_images(tmp_path / "own", IMAGES[:100])
+    assert run(*flags_of(files, generated=tmp_path / "own", workdir=tmp_path / "png")) == 0
+    assert "format that mostly loses" not in capsys.readouterr().err
+    for i in range(3):
+        Image.fromarray(IMAGES[i].squeeze()).save(tmp_path / "own" / f"lossy{i}.JPG")
+    assert run(*flags_of(files, generated=tmp_path / "own", workdir=tmp_path / "jpg")) == 0
+    said = capsys.readouterr().err
+    assert "3 of 103 files (lossy0.JPG, ...) are of a format that mostly loses" in said
 
 
 def test_no_room_is_told_before_anything_is_fitted(files, tmp_path, monkeypatch, capsys):
