@@ -50,10 +50,7 @@ class Parts:
 
     def __call__(self, what, done, total):
         """What was just done took the time since the last call."""
-        self.add(what.removesuffix(", steps").removesuffix(", epochs"))
-
-    def add(self, what):
-        """Name the time since the last call."""
+        what = what.removesuffix(", steps").removesuffix(", epochs")
         now = time.perf_counter()
         self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
         self._last = now
@@ -70,23 +67,20 @@ def main(argv):
     record = zoo.record(_GENERATOR.value)
     own = sampling.generate(ours, jax.random.key(1), _NUM_IMAGES.value + _NUM_SCORED.value)
     own, held_out = own[: _NUM_IMAGES.value], own[_NUM_IMAGES.value :]
-    real = data.load(
-        record["dataset"],
-        split="train",
-        image_size=own.shape[1],
-        num_images=_NUM_IMAGES.value,
-        exact=False,
-        seed=record["data_seed"],
-    )
-    sources = {
-        "real": data.load(
+
+    def real_images(split, count):
+        return data.load(
             record["dataset"],
-            split="test",
+            split=split,
             image_size=own.shape[1],
-            num_images=_NUM_SCORED.value,
+            num_images=count,
             exact=False,
             seed=record["data_seed"],
-        ),
+        )
+
+    real = real_images("train", _NUM_IMAGES.value)
+    sources = {
+        "real": real_images("test", _NUM_SCORED.value),
         "other_seed": sampling.generate(rival, jax.random.key(2), _NUM_SCORED.value),
     }
     layer = sampling.final_layer(ours)
